@@ -1,0 +1,1 @@
+"""Checks of what was generated: fidelity to the edges."""

@@ -1,0 +1,1 @@
+"""What guides the generator: edges and prompts."""

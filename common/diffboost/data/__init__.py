@@ -1,0 +1,1 @@
+"""Tasks, readers, phantoms, the slice store, splits and transforms."""

@@ -1,0 +1,1 @@
+"""The latent diffusion generator: backbones, networks, training draws, sampling, synthesis."""

@@ -1,0 +1,1 @@
+"""Segmentation networks, augmentation arms, the random merge mask and evaluation."""
