@@ -1,0 +1,33 @@
+# Every target sets up what it needs: a virtual environment in .venv, with the package installed in place.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+CORES ?= 2
+TESTS ?= tests
+
+.PHONY: setup demo study test lint tiny_weights clean
+.DEFAULT_GOAL := demo
+
+$(STAMP): setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[workflow,dev]'
+	touch $@
+
+setup: $(STAMP)  ## only the set-up
+
+demo: $(STAMP)  ## phantoms through all four bundles to runs/demo/report/index.html
+	$(BIN)/diffboost study workflow/experiments/demo.yaml --cores $(CORES)
+
+study: $(STAMP)  ## any experiment file: make study EXPERIMENT=path/to/file.yaml [DATASET_DIR=path]
+	@test -n "$(EXPERIMENT)" || { echo "say which: make study EXPERIMENT=path/to/file.yaml"; exit 2; }
+	$(BIN)/diffboost study "$(EXPERIMENT)" --cores $(CORES) $(if $(DATASET_DIR),--dataset_dir "$(DATASET_DIR)")
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+lint: $(STAMP)  ## ruff, as pre-commit runs it
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:  ## what was built or run; the environment stays
+	rm -rf runs build dist .pytest_cache .ruff_cache common/*.egg-info
