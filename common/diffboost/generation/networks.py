@@ -1,0 +1,163 @@
+"""The generator's networks: a UNet with a ControlNet branch, and the grayscale autoencoder."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, ControlNetModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import nn
+
+from diffboost.generation.backbones import has_part, load_part
+
+
+class ControlledUNet(nn.Module):
+    """A text-conditioned UNet whose features a ControlNet branch shifts by an edge map.
+
+    ``state_dict`` holds what is trained and nothing else: the branch, and the UNet if
+    ``train_base``. A frozen UNet moves with the module and is named by its backbone.
+
+    Args:
+        backbone: see :func:`diffboost.generation.backbones.resolve_backbone`. A backbone without
+            a branch gets a new one that starts from the UNet's encoder with zero convolutions.
+        train_base: train the UNet too; the paper trains the branch alone (facts 3).
+        weights: a ``model.pt`` to start from (branch, and UNet where it was trained).
+
+    Raises:
+        FileNotFoundError: ``weights`` is no file.
+        ValueError: ``weights`` does not fit.
+
+    Source: paper Sec. 3.1, Fig. 1.
+    """
+
+    def __init__(self, backbone: str, train_base: bool = False, weights: str | None = None) -> None:
+        super().__init__()
+        unet = load_part(backbone, "unet")
+        if has_part(backbone, "controlnet"):
+            self.controlnet = load_part(backbone, "controlnet")
+        else:
+            self.controlnet = ControlNetModel.from_unet(unet)
+        if weights is not None:
+            self._load(unet, Path(weights))
+        self.controlnet.requires_grad_(True)
+        self._frozen: tuple[nn.Module, ...] = () if train_base else (unet,)
+        if train_base:
+            self.unet = unet.requires_grad_(True)
+
+    def _load(self, unet: nn.Module, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"weights: {path} is no file; task_finetune and radimagenet_controlnet_pretrain "
+                "write model.pt into their output_dir"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, module in (("controlnet", self.controlnet), ("unet", unet)):
+            prefix = name + "."
+            part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+            if not part and name == "unet":
+                continue
+            try:
+                module.load_state_dict(part)
+            except RuntimeError as error:
+                raise ValueError(f"weights: {path} does not fit the {name}: {error}") from error
+
+    @property
+    def base(self) -> nn.Module:
+        """The UNet, trained or frozen."""
+        return self._frozen[0] if self._frozen else self.unet
+
+    def _apply(self, fn, recurse=True):
+        for module in self._frozen:
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        edge: torch.Tensor | None = None,
+        control_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """The noise in a noisy latent.
+
+        Args:
+            image: noisy latent (B, C, h, w), float, unit variance.
+            timesteps: (B,) integers in [0, 1000); None means 0.
+            context: prompt embeddings (B, tokens, width); None means zeros.
+            edge: hint (B, 1, H, W) in [0, 1], at image size; None or ``control_scale`` 0 leaves the
+                branch out.
+            control_scale: weight of the branch's features.
+
+        Returns:
+            Predicted noise (B, C, h, w).
+
+        Source: paper Sec. 3.1, Eq. 11; ControlNet's branch.
+        """
+        if timesteps is None:
+            timesteps = image.new_zeros(image.shape[0], dtype=torch.long)
+        if context is None:
+            context = image.new_zeros(image.shape[0], 1, self.base.config.cross_attention_dim)
+        down, middle = None, None
+        if edge is not None and control_scale != 0:
+            hint = edge.expand(-1, self.controlnet.config.conditioning_channels, -1, -1)
+            down, middle = self.controlnet(
+                image, timesteps, context, hint, control_scale, return_dict=False
+            )
+        return self.base(
+            image,
+            timesteps,
+            context,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )[0]
+
+
+class GrayscaleAutoencoder(nn.Module):
+    """Stable Diffusion's autoencoder for grayscale images, with the paper's averaging output block.
+
+    Args:
+        autoencoder: an AutoencoderKL; a gray image is copied to its input channels.
+
+    Source: paper Sec. 3.1, Fig. 1a (cross-channel average at the final output).
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Posterior moments of images.
+
+        Args:
+            image: (B, 1, H, W) in [-1, 1].
+
+        Returns:
+            (B, 2C, h, w): mean and log-variance of the unscaled latent.
+        """
+        image = image.expand(-1, self.autoencoder.config.in_channels, -1, -1)
+        return self.autoencoder.encode(image).latent_dist.parameters
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Gray images (B, 1, H, W), about [-1, 1], of unscaled latents (B, C, h, w)."""
+        return self.autoencoder.decode(latent).sample.mean(dim=1, keepdim=True)
+
+    def decode_scaled(self, latent: torch.Tensor) -> torch.Tensor:
+        """Gray images (B, 1, H, W) in [-1, 1] of the diffusion's unit-variance latents."""
+        return self.decode(latent / self.autoencoder.config.scaling_factor).clamp(-1, 1)
+
+    def forward(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Reconstruction of images and, behind it, their moments, for the loss.
+
+        Args:
+            image: (B, 1, H, W) in [-1, 1].
+            noise: (B, C, h, w) standard normal, draws from the posterior; None takes its mean.
+
+        Returns:
+            The reconstruction (B, 1, H, W) without noise; with noise a pair of it and the moments.
+        """
+        moments = self.encode(image)
+        posterior = DiagonalGaussianDistribution(moments)
+        if noise is None:
+            return self.decode(posterior.mean)
+        return self.decode(posterior.mean + posterior.std * noise), moments

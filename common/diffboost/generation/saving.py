@@ -1,0 +1,170 @@
+"""Averaged weights, ``model.pt`` and the lineage beside it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import EMAModel
+from ignite.engine import Engine, Events
+from torch import nn
+from tqdm import tqdm
+
+from diffboost.data.slices import read_store
+from diffboost.generation.backbones import backbone_sha256, load_part, write_backbone
+from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
+from diffboost.handlers import is_main_process, save_weights, write_aside
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def trace_lineage(
+    store_dir: str,
+    data: Sequence[dict],
+    backbone: str,
+    train_base: bool,
+    fold: int | None = None,
+    seed: int = 0,
+    weights: str | None = None,
+) -> dict:
+    """What a generator will have seen: hashes of its cases, its backbone and its ancestors.
+
+    Args:
+        store_dir: the slice store.
+        data: the training items, with ``case``.
+        backbone: the backbone's name; its ``lineage.json``, if it brings one, is an ancestor.
+        train_base: whether the UNet is trained too.
+        fold: fold that the items come from, None where folds do not matter.
+        seed: the run's seed.
+        weights: a ``model.pt`` that training starts from; its ``lineage.json`` is an ancestor.
+
+    Source: engineering choice (design, "lineage").
+    """
+    header = read_store(store_dir).header
+    cases = sorted({item["case"] for item in data})
+    ancestors = [Path(backbone) / "lineage.json"]
+    if weights is not None:
+        ancestors.append(Path(weights).with_name("lineage.json"))
+    return {
+        "store": header["name"],
+        "prompts": sorted({item["prompt"] for item in data}),
+        "fold": fold,
+        "seed": seed,
+        "cases": {case: header["source_sha256"][case] for case in cases},
+        "backbone": backbone,
+        "backbone_sha256": backbone_sha256(backbone),
+        "train_base": train_base,
+        "ancestors": [json.loads(path.read_text()) for path in ancestors if path.is_file()],
+    }
+
+
+class AveragedWeightsSaver:
+    """Keeps an exponential moving average of the trained weights and saves it with its lineage.
+
+    Writes ``model.pt`` (averaged, plain state dict) and ``lineage.json`` into ``output_dir`` every
+    ``interval`` epochs and at the end.
+
+    Args:
+        network: the network in training; its parameters that require gradients are averaged.
+        output_dir: folder for the two files.
+        lineage: see :func:`trace_lineage`.
+        decay: of the average; it warms up as (1 + step) / (10 + step). 0 keeps the last weights.
+        interval: epochs between two files.
+
+    Source: diffusers' EMAModel; the released code has no average (facts 3).
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        output_dir: str,
+        lineage: dict,
+        decay: float = 0.999,
+        interval: int = 10,
+    ) -> None:
+        self.network = network
+        self.output_dir = Path(output_dir)
+        self.lineage = lineage
+        self.interval = interval
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.average = EMAModel(self.parameters, decay=decay, foreach=True)
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the trainer."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._save)
+        engine.add_event_handler(Events.COMPLETED, self._save)
+
+    def _update(self, engine: Engine) -> None:
+        self.average.step(self.parameters)
+
+    def _save(self, engine: Engine) -> None:
+        if not is_main_process():
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        save_weights(self.network, self.output_dir / "model.pt")
+        self.average.restore(self.parameters)
+        lineage = {**self.lineage, "steps": engine.state.iteration}
+        text = json.dumps(lineage, indent=1, sort_keys=True) + "\n"
+        write_aside(self.output_dir / "lineage.json", lambda path: path.write_text(text))
+
+
+def export_autoencoder(
+    network: GrayscaleAutoencoder,
+    weights: str,
+    dataset,
+    backbone: str,
+    output_dir: str,
+    lineage: dict,
+    num_images: int = 512,
+) -> Path:
+    """Write a backbone whose autoencoder is the trained one, scaled to unit variance.
+
+    Args:
+        network: the trained network's architecture, on the device to use.
+        weights: its ``model.pt``.
+        dataset: training data with ``image`` (1, H, W), to measure the latents' spread.
+        backbone: brings the other parts.
+        output_dir: the new backbone's folder.
+        lineage: what the autoencoder has seen.
+        num_images: images measured, evenly spread over the data set.
+
+    Source: latent diffusion (scale = 1 / standard deviation of the latents).
+    """
+    network = getattr(network, "module", network)
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    network.eval()
+    device = next(network.parameters()).device
+    step = max(1, len(dataset) // num_images)
+    means = []
+    with torch.inference_mode():
+        for index in tqdm(range(0, len(dataset), step), desc="measuring latents"):
+            moments = network.encode(torch.as_tensor(dataset[index]["image"])[None].to(device))
+            means.append(moments.chunk(2, dim=1)[0].cpu())
+    scale = 1 / torch.cat(means).std().item()
+    network.autoencoder.register_to_config(scaling_factor=scale)
+    return write_backbone(output_dir, {"vae": network.autoencoder}, backbone, lineage=lineage)
+
+
+def export_backbone(generator_dir: str, backbone: str, output_dir: str) -> Path:
+    """Write a whole backbone in float16 from a pretrained generator: the shipped ``tiny``.
+
+    Args:
+        generator_dir: folder with ``model.pt`` and ``lineage.json``.
+        backbone: the backbone that it was trained on.
+        output_dir: the new backbone's folder.
+
+    Source: engineering choice.
+    """
+    lineage = json.loads((Path(generator_dir) / "lineage.json").read_text())
+    network = ControlledUNet(
+        backbone, lineage["train_base"], weights=str(Path(generator_dir) / "model.pt")
+    )
+    parts = {"unet": network.base, "controlnet": network.controlnet}
+    parts["vae"] = load_part(backbone, "vae")
+    return write_backbone(output_dir, parts, backbone, half=True, lineage=lineage)

@@ -1,0 +1,94 @@
+"""Ignite handlers and file writing that every training config shares."""
+
+import csv
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files: rank 0, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def write_aside(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a file beside ``path``, then move it into place when whole.
+
+    Source: engineering choice (design, "Failure").
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    os.replace(partial, path)
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write a network's plain state dict (CPU tensors, loads with ``weights_only=True``)."""
+    network = getattr(network, "module", network)
+    state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+    write_aside(path, lambda partial: torch.save(state, partial))
+
+
+class TrainingLog:
+    """Writes ``training_log.csv``: epoch, mean training loss, seconds since the start, metrics.
+
+    Args:
+        path: the CSV file; a new run starts a new one.
+        validator: the validation engine whose metrics are added; it must run before this handler.
+        names: names of those metrics, one column each.
+
+    Source: engineering choice.
+    """
+
+    def __init__(
+        self, path: str, validator: Engine | None = None, names: tuple[str, ...] = ()
+    ) -> None:
+        self.path = Path(path)
+        self.validator = validator
+        self.names = tuple(names)
+        self.rows: list[Mapping[str, float]] = []
+        self.losses: list[torch.Tensor] = []
+        self.start = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the trainer."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _begin(self, engine: Engine) -> None:
+        self.start = time.monotonic()
+        self.rows, self.losses = [], []
+
+    def _collect(self, engine: Engine) -> None:
+        output = engine.state.output
+        output = output[0] if isinstance(output, list) else output
+        self.losses.append(torch.as_tensor(output["loss"]).detach())
+
+    def _write(self, engine: Engine) -> None:
+        loss = torch.stack(self.losses).mean().item()
+        self.losses = []
+        row = {"epoch": engine.state.epoch, "train_loss": round(loss, 6)}
+        for name in self.names:
+            row[name] = self.validator.state.metrics.get(name, "") if self.validator else ""
+        row["seconds"] = round(time.monotonic() - self.start, 2)
+        self.rows.append(row)
+        if is_main_process():
+            write_aside(self.path, self._dump)
+            figures = ", ".join(f"{name} {value}" for name, value in row.items() if value != "")
+            logger.info("of %d epochs: %s", engine.state.max_epochs, figures)
+
+    def _dump(self, path: Path) -> None:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
+            writer.writeheader()
+            writer.writerows(self.rows)
