@@ -1,0 +1,294 @@
+"""Phantom data sets made on the fly: a RadImageNet-like tree and a Decathlon-like 3D task."""
+
+import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from diffboost.data import bodies
+from diffboost.data.anatomy import OVERSAMPLING, Canvas, posed_grid
+from diffboost.data.scanners import MR_FAMILY, average_down, ct, mr, narrow, paint, us
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region of the body as one modality shows it.
+
+    Args:
+        body: paints the anatomy with a finding on a canvas.
+        findings: names of the findings, "normal" first.
+        pose: keyword arguments of ``posed_grid``.
+        windows_hu: (level, width) choices, CT only.
+        fan: chance of a convex probe, US only.
+
+    Source: engineering choice.
+    """
+
+    body: Callable
+    findings: tuple
+    pose: dict
+    windows_hu: tuple = ()
+    fan: float = 0.0
+
+
+AXIAL = {"zoom": (0.95, 1.6), "rotation": 0.3, "shift": 0.12, "warp": 0.025}
+CLOSE = {"zoom": (0.8, 1.8), "rotation": np.pi, "shift": 0.25, "warp": 0.06}
+PROBE = {"zoom": (0.8, 1.3), "rotation": 0.05, "shift": 0.05, "warp": 0.025}
+SOFT_HU, LUNG_HU = ((40, 400), (50, 250), (50, 700)), ((-500, 1400), (-600, 1000), (40, 450))
+HEAD_HU = ((35, 90), (40, 150), (60, 300))
+MASSES = ("normal", "lesion", "cyst", "mass")
+# A finding named twice gets twice the images: breast lesions are a task.
+BREAST = ("normal", "lesion", "mass", "cyst", "lesion", "calcification")
+HIPPOCAMPUS = ("normal", "atrophy", "sclerosis", "cyst")
+THYROID = ("normal", "nodule", "cyst", "calcification")
+CHEST = ("normal", "nodule", "consolidation", "effusion")
+
+REGIONS = {
+    ("CT", "abdomen"): Region(bodies.abdomen, (*MASSES[:3], "calcification"), AXIAL, SOFT_HU),
+    ("CT", "chest"): Region(bodies.chest, CHEST, AXIAL, LUNG_HU),
+    ("CT", "brain"): Region(bodies.brain, ("normal", "hemorrhage", "infarct"), AXIAL, HEAD_HU),
+    ("MR", "abdomen"): Region(bodies.abdomen, MASSES, AXIAL),
+    ("MR", "brain"): Region(bodies.brain, ("normal", "lesion", "infarct", "mass"), AXIAL),
+    ("MR", "hippocampus"): Region(bodies.hippocampus, HIPPOCAMPUS, CLOSE),
+    ("MR", "knee"): Region(bodies.knee, ("normal", "effusion", "lesion", "tear"), AXIAL),
+    ("MR", "prostate"): Region(bodies.pelvis, MASSES[:3], AXIAL),
+    ("US", "breast"): Region(bodies.breast, BREAST, PROBE),
+    ("US", "thyroid"): Region(bodies.thyroid, THYROID, PROBE, fan=0.1),
+    ("US", "abdomen"): Region(bodies.flank, ("normal", "cyst", "mass", "stone"), PROBE, fan=0.6),
+}
+CATEGORIES = [(*key, finding) for key, region in REGIONS.items() for finding in region.findings]
+
+# The task's training scanner is one narrow T1 weighting; its test scanners are the rest of the
+# family that the tree's MR images are drawn from.
+TASK_TRAINING = (
+    narrow(
+        MR_FAMILY["t1"],
+        tr_ms=(420, 520),
+        te_ms=(9, 12),
+        fat_suppression=0.0,
+        scatter=0.04,
+        bias=(0.05, 0.15),
+        noise=(0.015, 0.03),
+        blur_px=(0.3, 0.4),
+        arbitrary=0.0,
+    ),
+)
+TASK_TEST = tuple(
+    narrow(MR_FAMILY[name], scatter=0.06, arbitrary=0.0) for name in ("pd", "inversion", "t1", "t2")
+)
+ORIENTATIONS = ("LPS", "RAS", "LAS", "PSR")
+
+
+def phantom_image(seed: int, index: int, image_size_px: int) -> tuple[np.ndarray, tuple]:
+    """Image ``index`` of the tree.
+
+    Args:
+        seed: the tree's seed.
+        index: number of the image; the category goes round with it.
+        image_size_px: side.
+
+    Returns:
+        uint8 gray (H, W) and its (modality, organ, finding).
+
+    Source: engineering choice.
+    """
+    rng = np.random.default_rng([seed, index])
+    modality, organ, finding = CATEGORIES[index % len(CATEGORIES)]
+    region = REGIONS[modality, organ]
+    grid = posed_grid(rng, image_size_px * OVERSAMPLING, [rng.uniform(-0.6, 0.6)], **region.pose)
+    canvas = Canvas(grid, rng, soft=rng.uniform(0.015, 0.06))
+    region.body(canvas, finding)
+    if modality == "CT":
+        image = ct(rng, canvas.layers, region.windows_hu[rng.integers(len(region.windows_hu))])
+    elif modality == "MR":
+        image = mr(rng, canvas.layers, rng.choice(list(MR_FAMILY.values())))
+        low = np.percentile(image, 0.5)  # as percentile scaling does with scans
+        image = (image - low) / (1 - low)
+    else:
+        image = us(rng, canvas.layers, region.fan)
+    image = image[0]
+    if modality != "US" and rng.random() < 0.5:  # files come in every orientation
+        image = np.rot90(image, rng.integers(4))
+    if rng.random() < 0.5:
+        image = image[:, ::-1]
+    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8), (modality, organ, finding)
+
+
+def _write_image(index: int, output_dir: Path, seed: int, image_size_px: int) -> None:
+    """Write image ``index`` of the tree as <modality>/<organ>/<finding>/<number>.png."""
+    image, parts = phantom_image(seed, index, image_size_px)
+    folder = output_dir.joinpath(*parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(folder / f"{index:06d}.png")
+
+
+def _new_folder(output_dir: Path | str, **counts: int) -> tuple[Path, Path]:
+    """Check counts and folder; returns (final folder, folder to write in)."""
+    for key, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{key} is {value}; it must be at least 1")
+    output_dir = Path(output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise FileExistsError(f"output_dir {output_dir} is not empty; phantoms need a new folder")
+    partial_dir = output_dir.with_name(output_dir.name + ".partial")
+    partial_dir.mkdir(parents=True, exist_ok=True)
+    return output_dir, partial_dir
+
+
+def write_radimagenet_tree(
+    output_dir: Path | str,
+    num_images: int,
+    image_size_px: int = 64,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> Path:
+    """Write <modality>/<organ>/<finding>/<number>.png, 8-bit gray, and return the folder.
+
+    Args:
+        output_dir: new or empty folder.
+        num_images: how many; categories take turns.
+        image_size_px: side of an image.
+        seed: each image depends on (seed, number) alone.
+        num_workers: processes beside this one (0: none).
+
+    Raises:
+        ValueError: if ``num_images`` or ``image_size_px`` is below 1.
+        FileExistsError: if ``output_dir`` holds something.
+
+    Source: engineering choice.
+    """
+    output_dir, partial_dir = _new_folder(
+        output_dir, num_images=num_images, image_size_px=image_size_px
+    )
+    write = partial(_write_image, output_dir=partial_dir, seed=seed, image_size_px=image_size_px)
+    numbers = range(num_images)
+    if num_workers > 0:
+        with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+            jobs = pool.map(write, numbers, chunksize=32)
+            list(tqdm(jobs, "phantom images", num_images))
+    else:
+        for index in tqdm(numbers, "phantom images"):
+            write(index)
+    partial_dir.replace(output_dir)
+    logger.info("wrote %d phantom images to %s", num_images, output_dir)
+    return output_dir
+
+
+def phantom_case(
+    rng: np.random.Generator, scanners: tuple, size_px: int, num_slices: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """An MR abdomen and the label of its spleen, axes (left, posterior, superior).
+
+    Args:
+        rng: source of every draw.
+        scanners: one of them is drawn.
+        size_px: side of a slice.
+        num_slices: slices along the body axis.
+
+    Returns:
+        image (W, H, D) float32 ≥ 0 and label (W, H, D) uint8 in {0, 1}.
+
+    Source: engineering choice.
+    """
+    grid = posed_grid(
+        rng,
+        size_px * OVERSAMPLING,
+        np.linspace(-1, 1, num_slices),
+        zoom=(0.95, 1.15),
+        rotation=0.12,
+        shift=0.06,
+    )
+    canvas = Canvas(grid, rng)
+    bodies.abdomen(canvas, "normal")
+    inside = paint(canvas.layers, {t: t == "spleen" for t, _ in canvas.layers})
+    image = mr(rng, canvas.layers, scanners[rng.integers(len(scanners))])
+    label = (average_down(inside) > 0.5).astype(np.uint8)
+    return 1000 * image.transpose(2, 1, 0), label.transpose(2, 1, 0)
+
+
+def _write_case(
+    folder: Path, suffix: str, name: str, rng: np.random.Generator, case: tuple
+) -> dict:
+    """Write image and label as NIfTI in a drawn spacing and orientation; returns their entry."""
+    in_plane = rng.uniform(1.1, 1.5)
+    spacing_mm = np.array([in_plane, in_plane, rng.uniform(2.5, 4)])
+    affine = np.diag([*(spacing_mm * (-1, -1, 1)), 1])
+    affine[:3, 3] = rng.uniform(-80, 80, 3)
+    axcodes = ORIENTATIONS[rng.integers(len(ORIENTATIONS))]
+    target = nib.orientations.axcodes2ornt(axcodes)
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), target)
+    entry = {}
+    for key, array in zip(("image", "label"), case, strict=True):
+        path = folder / f"{key}s{suffix}" / f"{name}.nii.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, affine).as_reoriented(turn), path)
+        entry[key] = f"./{path.parent.name}/{path.name}"
+    return entry
+
+
+def write_decathlon_task(
+    output_dir: Path | str,
+    seed: int = 0,
+    num_training: int = 8,
+    num_test: int = 24,
+    size_px: int = 64,
+    num_slices: int = 12,
+) -> Path:
+    """Write a 3D task in Decathlon layout with a labelled test set, and return the folder.
+
+    Training cases share a scanner; test cases come from other scanners of the same family.
+
+    Args:
+        output_dir: new or empty folder.
+        seed: each case depends on (seed, section, number) alone.
+        num_training: training cases.
+        num_test: test cases.
+        size_px: side of a slice.
+        num_slices: slices of a volume.
+
+    Raises:
+        ValueError: if a count is below 1.
+        FileExistsError: if ``output_dir`` holds something.
+
+    Source: engineering choice.
+    """
+    counts = {"num_training": num_training, "num_test": num_test}
+    output_dir, partial_dir = _new_folder(
+        output_dir, **counts, size_px=size_px, num_slices=num_slices
+    )
+    header = {
+        "name": "PhantomOrgan",
+        "description": "Phantom MR abdomen; training and test come from different scanners",
+        "modality": {"0": "MR"},
+        "labels": {"0": "background", "1": "organ"},
+        "numTraining": num_training,
+        "numTest": num_test,
+        "training": [],
+        "test": [],
+    }
+    sections = (("training", "Tr", TASK_TRAINING), ("test", "Ts", TASK_TEST))
+    jobs = [
+        (number, *section)
+        for number, section in enumerate(sections)
+        for _ in range(counts[f"num_{section[0]}"])
+    ]
+    for number, section, suffix, scanners in tqdm(jobs, "phantom cases"):
+        index = len(header[section])
+        rng = np.random.default_rng([seed, number, index])
+        case = phantom_case(rng, scanners, size_px, num_slices)
+        entry = _write_case(partial_dir, suffix, f"organ_{section}_{index:03d}", rng, case)
+        header[section].append(entry)
+    (partial_dir / "dataset.json").write_text(json.dumps(header, indent=2) + "\n")
+    partial_dir.replace(output_dir)
+    return output_dir
