@@ -15,10 +15,22 @@ RUNNER_ARGUMENTS = set(inspect.signature(run).parameters) - {"override"}
 RUNNER_IDS = {"bundle_root", "run_name", "_meta_"}
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str | None:
-    """The allowed name that is spelt most like `name`, or None if none is near."""
-    found = difflib.get_close_matches(str(name), sorted(map(str, allowed)), n=1, cutoff=0.6)
-    return found[0] if found else None
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A clause for error messages: the nearest allowed name, and all of them.
+
+    Args:
+        name: what was given.
+        allowed: what could have been given.
+
+    Returns:
+        "did you mean 'x'? allowed: x, y", without the question if nothing is near.
+
+    Source: engineering choice
+    """
+    allowed = sorted(str(word) for word in allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+    question = f"did you mean '{near[0]}'? " if near else ""
+    return f"{question}allowed: {', '.join(allowed)}"
 
 
 def refuse_unknown(mapping: Mapping, allowed: Iterable[str], where: str) -> None:
@@ -34,15 +46,10 @@ def refuse_unknown(mapping: Mapping, allowed: Iterable[str], where: str) -> None
 
     Source: engineering choice
     """
-    allowed = sorted(allowed)
+    allowed = set(allowed)
     for key, value in mapping.items():
         if key not in allowed:
-            near = nearest(key, allowed)
-            hint = f"; did you mean `{near}`?" if near else "."
-            names = ", ".join(allowed)
-            raise ValueError(
-                f"{where}: `{key}` (value {value!r}) is unknown{hint} Allowed: {names}"
-            )
+            raise ValueError(f"{where}: unknown key '{key}' ({value!r}); {nearest(key, allowed)}")
 
 
 def read_flags(arguments: list[str]) -> dict[str, str]:
