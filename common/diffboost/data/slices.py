@@ -1,0 +1,227 @@
+"""The slice store: a folder of slices, labels and edges with an index; read, written, listed."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from diffboost.data.splits import select
+
+STORE_VERSION = 1
+INDEX_COLUMNS = (
+    "case", "slice", "image", "label", "edge", "image_root", "prompt", "section", "fold",
+    "spacing_mm", "original_shape", "affine", "foreground_px", "sha256", "source_image",
+    "source_label",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SliceStore:
+    """A slice store that was read: its folder, its dataset.json and its index (a row a slice)."""
+
+    store_dir: Path
+    header: dict
+    index: pd.DataFrame
+
+    @property
+    def source_dir(self) -> Path:
+        """Folder of the source images; a relative one in the header is relative to the store."""
+        return self.store_dir / self.header["source_dir"]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes with the background."""
+        return len(self.header["labels"])
+
+    def path(self, relative: str) -> Path:
+        """Absolute path of a file of the store."""
+        return self.store_dir / relative
+
+    def image_path(self, row: pd.Series) -> Path:
+        """Absolute path of a row's image, in the store or (RadImageNet tree) at its source."""
+        root = self.source_dir if row["image_root"] == "source" else self.store_dir
+        return root / row["image"]
+
+
+def read_store(store_dir: str | Path) -> SliceStore:
+    """Reads a slice store's header and index.
+
+    Args:
+        store_dir: folder that ``prepare`` wrote.
+
+    Returns:
+        The store; its ``store_dir`` is absolute.
+
+    Raises:
+        FileNotFoundError: no such folder, or no slice store in it.
+        ValueError: the store was written by another version of the format.
+
+    Source: engineering choice (design, "Slice store").
+    """
+    store_dir = Path(store_dir).resolve()
+    header_path, index_path = store_dir / "dataset.json", store_dir / "index.parquet"
+    if not header_path.is_file() or not index_path.is_file():
+        what = "no slice store in" if store_dir.is_dir() else "no such folder:"
+        raise FileNotFoundError(
+            f"store_dir: {what} {store_dir}; write one with prepare (bundle task_finetune)"
+        )
+    header = json.loads(header_path.read_text(encoding="utf-8"))
+    version = header.get("store_version")
+    if version != STORE_VERSION:
+        raise ValueError(
+            f"store_dir: {store_dir} has store_version {version}, this program reads version "
+            f"{STORE_VERSION}; run prepare again into a new folder"
+        )
+    return SliceStore(store_dir, header, pd.read_parquet(index_path))
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Writes a slice as 16-bit gray PNG: round((x + 1) / 2 * 65535), no metadata.
+
+    Args:
+        path: file to write.
+        image: float (H, W) in [-1, 1].
+
+    Source: engineering choice (design, "Slice store").
+    """
+    levels = np.round((np.clip(image, -1, 1).astype(np.float64) + 1) / 2 * 65535)
+    Image.fromarray(levels.astype(np.uint16)).save(path)
+
+
+def write_label(path: str | Path, label: np.ndarray) -> None:
+    """Writes a class index map as 8-bit gray PNG.
+
+    Args:
+        path: file to write.
+        label: integer (H, W), class index in [0, 255].
+
+    Source: engineering choice (design, "Slice store").
+    """
+    Image.fromarray(label.astype(np.uint8)).save(path)
+
+
+def write_edge(path: str | Path, edge: np.ndarray) -> None:
+    """Writes an edge map as 8-bit gray PNG: round(255 * edge).
+
+    Args:
+        path: file to write.
+        edge: float (H, W) in [0, 1].
+
+    Source: engineering choice (design, "Slice store").
+    """
+    Image.fromarray(np.round(np.clip(edge, 0, 1) * 255).astype(np.uint8)).save(path)
+
+
+def sha256_of_files(paths: Iterable[str | Path]) -> str:
+    """Hash of the files' contents, one after the other, as 64 hexadecimal digits.
+
+    Args:
+        paths: files to read.
+
+    Source: engineering choice.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def slice_items(
+    store_dir: str | Path,
+    fold: int,
+    part: str,
+    min_foreground_px: int = 0,
+    inner_fraction: float = 0.2,
+    num_cases: int | None = None,
+    seed: int = 0,
+) -> list[dict]:
+    """The slices of one part of a fold, a dictionary a slice.
+
+    Args:
+        store_dir: a slice store.
+        fold: the fold that is held out.
+        part: ``training``, ``inner_validation``, ``training_fold``, ``test`` or ``all``.
+        min_foreground_px: keep slices with at least this many foreground pixels.
+        inner_fraction: share of the training fold's cases for inner validation.
+        num_cases: keep this many cases of the training fold; None keeps all.
+        seed: seed of the inner split and of the order in which ``num_cases`` are taken.
+
+    Returns:
+        Dictionaries with ``image``, ``edge`` and (where there is one) ``label``: absolute paths as
+        str; ``prompt``, ``case``: str; ``slice``: int.
+
+    Raises:
+        FileNotFoundError: no slice store at ``store_dir``.
+        ValueError: wrong part or fold, an empty training fold, or no slice has enough foreground.
+
+    Source: DiffBoost Sec. 4.1 (slices with more than 20 foreground pixels; facts, item 14).
+    """
+    store = read_store(store_dir)
+    rows = select(store.index, fold, part, inner_fraction, seed, num_cases)
+    rows = rows[rows.foreground_px >= min_foreground_px]
+    if rows.empty:
+        raise ValueError(
+            f"{store.store_dir}: no slice of part '{part}' of fold {fold} has min_foreground_px "
+            f"{min_foreground_px} or more"
+        )
+    items = []
+    for row in rows.to_dict("records"):
+        item = {"image": str(store.image_path(row)), "edge": str(store.path(row["edge"]))}
+        if row["label"]:
+            item["label"] = str(store.path(row["label"]))
+        items.append(item | {key: row[key] for key in ("prompt", "case", "slice")})
+    return items
+
+
+def case_items(
+    store_dir: str | Path,
+    fold: int,
+    part: str,
+    inner_fraction: float = 0.2,
+    num_cases: int | None = None,
+    seed: int = 0,
+) -> list[dict]:
+    """The source files of one part of a fold, a dictionary a case, for whole-volume evaluation.
+
+    Args:
+        store_dir: a slice store.
+        fold: the fold that is held out.
+        part: ``training``, ``inner_validation``, ``training_fold``, ``test`` or ``all``.
+        inner_fraction: share of the training fold's cases for inner validation.
+        num_cases: keep this many cases of the training fold; None keeps all.
+        seed: seed of the inner split and of the order in which ``num_cases`` are taken.
+
+    Returns:
+        Dictionaries with ``image`` (absolute path as str), ``label`` (the same, or a list of mask
+        paths; absent without a label), ``case`` (str) and ``spacing_mm`` (3 floats in the order
+        of the oriented volume H, W, D; 1 means pixels in 2D).
+
+    Raises:
+        FileNotFoundError: no slice store at ``store_dir``, or its source folder is gone.
+        ValueError: wrong part or fold, or an empty training fold.
+
+    Source: engineering choice (protocol ``sound``: whole volumes at test).
+    """
+    store = read_store(store_dir)
+    if not store.source_dir.is_dir():
+        raise FileNotFoundError(
+            f"{store.store_dir}: the source folder {store.source_dir} of this store is gone; "
+            "whole-volume evaluation reads the source files"
+        )
+    rows = select(store.index, fold, part, inner_fraction, seed, num_cases)
+    items = []
+    for row in rows.drop_duplicates("case").to_dict("records"):
+        item = {"image": str(store.source_dir / row["source_image"]), "case": row["case"]}
+        labels = [str(store.source_dir / name) for name in row["source_label"].split("|") if name]
+        if labels:
+            item["label"] = labels[0] if len(labels) == 1 else labels
+        item["spacing_mm"] = [float(value) for value in row["spacing_mm"]]
+        items.append(item)
+    return items

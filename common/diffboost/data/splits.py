@@ -1,0 +1,111 @@
+"""Splits: folds over cases, the test part, and the inner validation part of a training fold."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from diffboost.data.addresses import address_seed
+
+PARTS = ("training", "inner_validation", "training_fold", "test", "all")
+
+
+def _seeded_order(cases: Iterable[str], *address: int | str) -> list[str]:
+    """The cases in an order that depends on the address and their names alone."""
+    return sorted(set(cases), key=lambda case: (address_seed(*address, case), case))
+
+
+def assign_folds(cases: Iterable[str], num_folds: int, seed: int) -> dict[str, int]:
+    """A fold for every case, of sizes that differ by one at most.
+
+    Args:
+        cases: names of the cases; their order does not matter.
+        num_folds: number of folds, at least 1.
+        seed: seed of the draw.
+
+    Returns:
+        case -> fold in [0, num_folds).
+
+    Raises:
+        ValueError: ``num_folds`` < 1, or fewer cases than folds.
+
+    Source: DiffBoost Sec. 4.1 (k-fold cross validation); drawing by name is our choice.
+    """
+    order = _seeded_order(cases, seed, "fold")
+    if num_folds < 1:
+        raise ValueError(f"num_folds: {num_folds}; at least 1 is needed")
+    if len(order) < num_folds:
+        raise ValueError(f"num_folds: {num_folds} folds need as many cases, there are {len(order)}")
+    return {case: rank % num_folds for rank, case in enumerate(order)}
+
+
+def select(
+    index: pd.DataFrame,
+    fold: int,
+    part: str,
+    inner_fraction: float = 0.2,
+    seed: int = 0,
+    num_cases: int | None = None,
+) -> pd.DataFrame:
+    """The rows of one part of a fold; whole cases, never single slices.
+
+    If any row has section "test", those rows are the test part and every fold trains on the whole
+    section "training". Otherwise the test part is the fold's rows. ``num_cases`` limits the
+    training fold first; the inner validation part is then drawn from the cases that are left.
+
+    Args:
+        index: a slice store's index (columns case, section, fold).
+        fold: the fold that is held out, from 0.
+        part: ``training``, ``inner_validation``, ``training_fold`` (both), ``test`` or ``all``.
+        inner_fraction: share of the training fold's cases for inner validation, in [0, 1); at
+            least one case unless it is 0.
+        seed: seed of the inner split and of the order in which ``num_cases`` are taken.
+        num_cases: keep this many cases of the training fold (few-label studies); None keeps all.
+
+    Returns:
+        A part of ``index``, in its order.
+
+    Raises:
+        ValueError: unknown part or fold, or no case is left to train on.
+
+    Source: engineering choice (design, "Reproduction and truth": selection on an inner split).
+    """
+    if part not in PARTS:
+        raise ValueError(f"part: '{part}'; allowed: {', '.join(PARTS)}")
+    if not 0 <= inner_fraction < 1:
+        raise ValueError(f"inner_fraction: {inner_fraction}; a number in [0, 1) is needed")
+    if part == "all":
+        return index
+    test = _test_rows(index, fold)
+    if part == "test":
+        return index[test]
+    cases = index.case[~test].unique()
+    if num_cases is not None:
+        if not 0 < num_cases <= len(cases):
+            raise ValueError(
+                f"num_cases: {num_cases}; the training fold of fold {fold} has {len(cases)} cases"
+            )
+        cases = _seeded_order(cases, seed, fold, "num_cases")[:num_cases]
+    num_inner = max(1, round(inner_fraction * len(cases))) if inner_fraction else 0
+    if len(cases) <= num_inner:
+        raise ValueError(
+            f"fold {fold}: the training fold is empty: {len(cases)} cases, of which {num_inner} "
+            "are for inner validation; use more cases, fewer folds or inner_fraction 0"
+        )
+    inner = _seeded_order(cases, seed, fold, "inner_validation")[:num_inner]
+    chosen = {
+        "training": set(cases) - set(inner),
+        "inner_validation": set(inner),
+        "training_fold": set(cases),
+    }[part]
+    return index[index.case.isin(chosen)]
+
+
+def _test_rows(index: pd.DataFrame, fold: int) -> pd.Series:
+    """True for the rows of the test part of a fold."""
+    test = index.section == "test"
+    if test.any():
+        return test
+    if fold not in set(index.fold):
+        folds = ", ".join(str(number) for number in sorted(index.fold.unique()))
+        raise ValueError(f"fold: {fold}; the store has the folds {folds}")
+    return index.fold == fold

@@ -1,0 +1,139 @@
+"""Task files: what a data set is (modality, organ, channel, label map, intensity, slices)."""
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+
+TASKS_DIR = Path(__file__).parent / "tasks"
+LAYOUTS = ("decathlon", "pairs", "radimagenet")
+# The slice axis lies last; the codes name the directions in which rows, columns and slices grow.
+AXCODES = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
+INTENSITY_KEYS = {
+    "percentile": ("lower", "upper"),
+    "window": ("low_hu", "high_hu"),
+    "range": ("low", "high"),
+}
+DEFAULTS = {
+    "description": "",
+    "modality": "",
+    "organ": "",
+    "finding": "",
+    "labels": {},
+    "drop": [],
+    "channel": 0,
+    "slice_axis": "axial",
+    "intensity": {"policy": "percentile", "lower": 0.5, "upper": 99.5},
+    "include": None,
+}
+REQUIRED = ("name", "layout")
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A clause for error messages: the nearest allowed name, and all of them.
+
+    Args:
+        name: what was given.
+        allowed: what could have been given.
+
+    Returns:
+        ``"did you mean 'x'? allowed: x, y"``, without the question if nothing is near.
+
+    Source: engineering choice.
+    """
+    allowed = sorted(str(word) for word in allowed)
+    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+    question = f"did you mean '{near[0]}'? " if near else ""
+    return f"{question}allowed: {', '.join(allowed)}"
+
+
+def task_names() -> list[str]:
+    """Names of the tasks that come with the package.
+
+    Source: engineering choice.
+    """
+    return sorted(path.stem for path in TASKS_DIR.glob("*.yaml"))
+
+
+def read_task(task: str | Path | Mapping) -> dict:
+    """Reads a task, fills in the defaults and checks every key.
+
+    Args:
+        task: a shipped name (``hippocampus_mri``), the path of a YAML file, or the mapping itself.
+
+    Returns:
+        A new dictionary with the keys name, layout, description, modality, organ, finding,
+        labels (ordered name -> source values of class 1, 2, …), drop, channel, slice_axis,
+        intensity and include.
+
+    Raises:
+        FileNotFoundError: no such name or file; the nearest name is suggested.
+        ValueError: an unknown or missing key, or a value that is not allowed.
+
+    Source: engineering choice (design, "Words").
+    """
+    if isinstance(task, Mapping):
+        given, origin = copy.deepcopy(dict(task)), "task"
+    else:
+        path = Path(task)
+        shipped = TASKS_DIR / f"{task}.yaml"
+        path = path if path.suffix in (".yaml", ".yml") else shipped
+        if not path.is_file():
+            hint = nearest(str(task), task_names())
+            raise FileNotFoundError(
+                f"task: '{task}' is neither a shipped task nor a .yaml file; {hint}"
+            )
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"task file {path} is not YAML: {error}") from error
+        origin = f"task file {path}"
+    if not isinstance(given, dict):
+        raise ValueError(f"{origin}: a mapping of keys is needed, got {type(given).__name__}")
+    allowed = (*REQUIRED, *DEFAULTS)
+    for key in given:
+        if key not in allowed:
+            raise ValueError(f"{origin}: unknown key '{key}'; {nearest(key, allowed)}")
+    for key in REQUIRED:
+        if not given.get(key):
+            raise ValueError(f"{origin}: the key '{key}' is missing")
+    full = {**copy.deepcopy(DEFAULTS), **given}
+    _check_values(full, origin)
+    return full
+
+
+def _check_values(task: dict, origin: str) -> None:
+    """Raises ValueError, naming the key, for a value that is not allowed."""
+    for key, allowed in (("layout", LAYOUTS), ("slice_axis", AXCODES)):
+        if task[key] not in allowed:
+            raise ValueError(f"{origin}: {key} '{task[key]}'; {nearest(task[key], allowed)}")
+    if not isinstance(task["channel"], int) or task["channel"] < 0:
+        raise ValueError(f"{origin}: channel {task['channel']!r}; a whole number from 0 is needed")
+    intensity = task["intensity"]
+    policy = intensity.get("policy") if isinstance(intensity, dict) else intensity
+    if policy not in INTENSITY_KEYS:
+        raise ValueError(
+            f"{origin}: intensity::policy '{policy}'; {nearest(policy, INTENSITY_KEYS)}"
+        )
+    if set(intensity) != {"policy", *INTENSITY_KEYS[policy]}:
+        raise ValueError(
+            f"{origin}: intensity policy '{policy}' takes the keys "
+            f"{', '.join(INTENSITY_KEYS[policy])}, got {', '.join(sorted(set(intensity)))}"
+        )
+    low, high = (intensity[key] for key in INTENSITY_KEYS[policy])
+    if not low < high:
+        raise ValueError(f"{origin}: intensity: {low} must be below {high}")
+    if task["layout"] != "radimagenet" and not task["labels"]:
+        raise ValueError(f"{origin}: labels is empty; name at least one, e.g. {{lesion: [1]}}")
+    if not isinstance(task["labels"], dict):
+        raise ValueError(f"{origin}: labels must map a name to its source values")
+    seen: dict[int, str] = {0: "background"}
+    for name, values in (*task["labels"].items(), ("drop", task["drop"])):
+        if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
+            raise ValueError(f"{origin}: {name}: {values!r}; a list of whole numbers is needed")
+        for value in values:
+            if value in seen:
+                raise ValueError(f"{origin}: value {value} of '{name}' belongs to '{seen[value]}'")
+            seen[value] = name

@@ -1,0 +1,200 @@
+"""Transforms: reading stored slices, and the one preprocessing of a whole case."""
+
+import operator
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import PILReader
+from monai.transforms import (
+    Compose,
+    EnsureChannelFirstd,
+    Lambdad,
+    LoadImaged,
+    MapTransform,
+    Orientationd,
+    Resized,
+    ScaleIntensityRanged,
+    ScaleIntensityRangePercentilesd,
+)
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from diffboost.data.tasks import AXCODES
+
+AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
+_LOSSY = (".jpg", ".jpeg")
+
+
+class LoadSliced(MapTransform):
+    """Loads a stored slice: PNG paths become tensors (1, H, W) in the units of the design.
+
+    ``image`` and ``synthetic``: float32 in [-1, 1] (16-bit PNG: x / 32767.5 - 1; 8-bit gray or RGB,
+    by luminance: x / 127.5 - 1). ``label``: uint8 class index. ``edge``: float32 in [0, 1].
+
+    Args:
+        keys: some of ``image``, ``synthetic``, ``label``, ``edge``.
+        image_size: side to which slices of another size are resized, in pixels (bilinear with
+            anti-aliasing; labels nearest); None keeps the size on disk.
+        allow_missing_keys: skip keys that an item does not have.
+
+    Raises:
+        ValueError: a key outside this vocabulary.
+
+    Source: engineering choice (design, "Slice store").
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_size: int | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        unknown = set(self.keys) - {"image", "synthetic", "label", "edge"}
+        if unknown:
+            raise ValueError(f"keys: {sorted(unknown)}; allowed: image, synthetic, label, edge")
+        self.image_size = image_size
+
+    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+        """A copy of ``data`` with tensors in place of the paths."""
+        item = dict(data)
+        for key in self.key_iterator(item):
+            with Image.open(item[key]) as file:
+                pixels = _read_pixels(file, key)
+            item[key] = self._resize(pixels, nearest=key == "label")
+        return item
+
+    def _resize(self, pixels: torch.Tensor, nearest: bool) -> torch.Tensor:
+        """(1, H, W) to (1, S, S)."""
+        size = (self.image_size, self.image_size)
+        if self.image_size is None or tuple(pixels.shape[-2:]) == size:
+            return pixels
+        if nearest:
+            return interpolate(pixels[None], size, mode="nearest-exact")[0]
+        return interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+
+
+def _read_pixels(file: Image.Image, key: Hashable) -> torch.Tensor:
+    """An open PNG as tensor (1, H, W), scaled by what the key stands for."""
+    if key == "label":
+        return torch.from_numpy(np.array(file, dtype=np.uint8))[None]
+    sixteen_bit = file.mode.startswith("I")
+    pixels = torch.from_numpy(np.array(file.convert("F")))[None]  # RGB: luminance
+    if key == "edge":
+        return pixels / 255
+    return pixels / (32767.5 if sixteen_bit else 127.5) - 1
+
+
+class MapLabelsd(MapTransform):
+    """Turns source labels into class indices: several masks are united, values are mapped.
+
+    A task of layout ``pairs`` with one class and nothing to drop has binary masks: any nonzero
+    value is class 1 (in JPEG masks values up to 127 are compression noise). Otherwise every value
+    must be 0, stand in the task's label map, or in ``drop``, which goes to the background.
+
+    Args:
+        keys: keys of labels (N, …), N masks of one image.
+        task: a task as ``read_task`` gives it.
+
+    Raises:
+        ValueError: a value that the task does not name.
+
+    Source: DiffBoost Sec. 4.1; facts, item 15.
+    """
+
+    def __init__(self, keys: KeysCollection, task: Mapping) -> None:
+        super().__init__(keys)
+        self.classes = {0: 0} | {value: 0 for value in task["drop"]}
+        for number, values in enumerate(task["labels"].values(), start=1):
+            self.classes |= {value: number for value in values}
+        one_class = len(task["labels"]) == 1 and not task["drop"]
+        self.binary = task["layout"] == "pairs" and one_class
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        """A copy of ``data`` with labels (1, …) of class indices, float32."""
+        item = dict(data)
+        for key in self.keys:
+            label = item[key]
+            if self.binary:
+                name = str(label.meta.get("filename_or_obj", ""))
+                threshold = 127 if Path(name).suffix.lower() in _LOSSY else 0
+                item[key] = (label > threshold).amax(dim=0, keepdim=True).float()
+                continue
+            values = [float(value) for value in torch.unique(label.as_tensor())]
+            wrong = [f"{value:g}" for value in values if value not in self.classes]
+            if wrong:
+                known = ", ".join(str(value) for value in sorted(self.classes))
+                raise ValueError(f"label values {', '.join(wrong[:5])} are not in the map: {known}")
+            mapped = torch.zeros_like(label)
+            for value, number in self.classes.items():
+                mapped[label == value] = number
+            item[key] = mapped.amax(dim=0, keepdim=True)
+        return item
+
+
+def case_preprocessing(task: Mapping, image_size: int, with_label: bool) -> Compose:
+    """The preprocessing of a whole case, shared by prepare, evaluation and inference.
+
+    Its geometric steps can be undone with ``monai.transforms.Invertd``: a prediction comes back
+    with the shape and affine of the source.
+
+    Args:
+        task: a task as ``read_task`` gives it.
+        image_size: side of a slice, S, in pixels.
+        with_label: load and map ``label`` too (a path, or a list of paths of masks to unite).
+
+    Returns:
+        Transforms from ``{"image": path, "label": path}`` to MetaTensors ``image`` (1, S, S, D),
+        float32 in [-1, 1], and ``label`` (1, S, S, D), float32 class index. A 2D image is a volume
+        with D = 1 and keeps its rows and columns; RGB becomes gray by luminance (ITU-R 601).
+
+    Source: DiffBoost Sec. 4.1; facts, item 13 (percentiles here are per case, protocol ``sound``).
+    """
+    keys = ["image", "label"] if with_label else ["image"]
+    flat = task["layout"] != "decathlon"
+    to_gray = operator.methodcaller("convert", "F")
+    reader = PILReader(converter=to_gray, reverse_indexing=False) if flat else "NibabelReader"
+    channel = slice(task["channel"], task["channel"] + 1)
+    steps = [
+        LoadImaged(keys, reader=reader),
+        EnsureChannelFirstd(keys),
+        Lambdad("image", func=operator.itemgetter(channel)),
+    ]
+    if not flat:
+        steps += [Orientationd(keys, axcodes=AXCODES[task["slice_axis"]], labels=AXIS_LABELS)]
+    if with_label:
+        steps += [MapLabelsd("label", task)]
+    mode = ["trilinear", "nearest-exact"][: len(keys)]  # D is kept: bilinear within a slice
+    size = (image_size, image_size, -1)
+    steps += [
+        _intensity(task["intensity"]),
+        Resized(keys, spatial_size=size, mode=mode, anti_aliasing=[True, False][: len(keys)]),
+    ]
+    return Compose(steps)
+
+
+def intensity_step(preprocessing: Compose) -> int:
+    """Position of the intensity transform: the steps before it only load, orient and map labels.
+
+    Args:
+        preprocessing: what ``case_preprocessing`` returned.
+
+    Source: engineering choice (prepare checks the source's own values there).
+    """
+    scalings = (ScaleIntensityRanged, ScaleIntensityRangePercentilesd)
+    return next(
+        number
+        for number, transform in enumerate(preprocessing.transforms)
+        if isinstance(transform, scalings)
+    )
+
+
+def _intensity(intensity: Mapping) -> MapTransform:
+    """The task's intensity policy as a transform of ``image`` to [-1, 1], clipped."""
+    low, high = (value for key, value in intensity.items() if key != "policy")
+    if intensity["policy"] == "percentile":
+        return ScaleIntensityRangePercentilesd("image", low, high, b_min=-1, b_max=1, clip=True)
+    return ScaleIntensityRanged("image", low, high, b_min=-1, b_max=1, clip=True)
