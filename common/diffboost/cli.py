@@ -1,0 +1,113 @@
+"""The command `diffboost`: runs a study, writes a report."""
+
+import fcntl
+import inspect
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import fire
+import yaml
+
+from diffboost.knobs import read_flags, refuse_unknown
+from diffboost.report import write_report
+
+logger = logging.getLogger(__name__)
+
+SNAKEFILE = Path(__file__).parents[2] / "workflow" / "Snakefile"
+
+
+def study(
+    experiment: str,
+    cores: int = 2,
+    dataset_dir: str | None = None,
+    dry_run: bool = False,
+    runs_dir: str | None = None,
+    snakemake: str = "",
+) -> None:
+    """Runs an experiment file to runs/<name>/report/index.html; what is done is not done again.
+
+    Args:
+        experiment: the experiment file; README.md lists its keys.
+        cores: how many processor cores to use.
+        dataset_dir: used instead of the file's own.
+        dry_run: only say what would run.
+        runs_dir: folder of all runs, instead of runs/ beside workflow/.
+        snakemake: more options for Snakemake in one string, such as "--executor slurm --jobs 50".
+    """
+    path = Path(experiment).absolute()
+    if not path.is_file():
+        raise SystemExit(f"experiment: there is no file {path}")
+    if not SNAKEFILE.is_file():
+        raise SystemExit(
+            f"{SNAKEFILE} is not there: studies run from a checkout (pip install -e .)"
+        )
+    name = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("name", path.stem)
+    run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / str(name)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
+    command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]
+    command += ["--show-failed-logs", "--nolock"] + ["--dry-run"] * dry_run + shlex.split(snakemake)
+    command += ["--config", f"experiment={path}", f"started_in={Path.cwd()}"]
+    command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
+    # The stages are found by the name `python`: it must be this one, also outside an active venv.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (run_dir / ".lock").open("w") as lock:
+        _hold(lock, run_dir)
+        code = subprocess.run(command, check=False, env=os.environ | {"PATH": path}).returncode
+    if code:
+        raise SystemExit(code)
+    if not dry_run:
+        logger.info("report: %s", run_dir / "report" / "index.html")
+
+
+def report(run_dir: str) -> None:
+    """Writes metrics.csv, summary.json and report/index.html into a study's folder.
+
+    Args:
+        run_dir: the folder, such as runs/demo.
+    """
+    write_report(run_dir)
+
+
+def _hold(lock: TextIO, run_dir: Path) -> None:
+    """Exits if another process runs this study; the lock goes with the process, however it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{run_dir}: another process is running this study") from None
+
+
+COMMANDS = {"study": study, "report": report}
+
+
+def main() -> None:
+    """Entry of the console script `diffboost`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _refuse_misspelt(sys.argv[1:])
+    fire.Fire(COMMANDS, name="diffboost")
+
+
+def _refuse_misspelt(arguments: list[str]) -> None:
+    """Exits with the nearest name where a command or a flag does not exist.
+
+    Source: engineering choice (fire prints its usage, but no nearest name)
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return
+    command = arguments[0]
+    try:
+        refuse_unknown({command: "command"}, COMMANDS, "diffboost")
+        flags = {key.replace("-", "_"): value for key, value in read_flags(arguments).items()}
+        allowed = [*inspect.signature(COMMANDS[command]).parameters, "help"]
+        refuse_unknown(flags, allowed, f"diffboost {command}")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

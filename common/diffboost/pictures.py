@@ -1,0 +1,180 @@
+"""Pictures of a report: slices with their variants, and predictions against the truth."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from monai.data import PILReader
+from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
+
+from diffboost.data.slices import SliceStore, case_items
+from diffboost.data.tasks import AXCODES
+from diffboost.data.transforms import (
+    AXIS_LABELS,
+    LoadSliced,
+    case_preprocessing,
+    intensity_step,
+)
+from diffboost.figures import embed
+from diffboost.results import result_dirs
+
+TRUTH_COLOR = "#FFD23F"
+PREDICTION_COLOR = "#00D1FF"
+
+
+def variants_picture(synthetic_dir: Path, num_slices: int = 4, num_variants: int = 5) -> str:
+    """Rows of real slice, its edge, its label's outline and some variants, as a data URI.
+
+    Args:
+        synthetic_dir: a synthetic store.
+        num_slices: rows, spread over the cases, each the slice with the largest label of its case.
+        num_variants: variants a row.
+
+    Source: engineering choice
+    """
+    manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
+    manifest = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
+    load = LoadSliced(["image", "edge", "label"])
+    rows = []
+    cases = manifest["case"].unique()
+    for case in cases[np.linspace(0, len(cases) - 1, min(num_slices, len(cases))).astype(int)]:
+        slices = [group for _, group in manifest[manifest["case"] == case].groupby("slice")]
+        loaded = [load(_source(group.iloc[0])) for group in slices]
+        largest = int(np.argmax([int((item["label"] > 0).sum()) for item in loaded]))
+        paths = slices[largest]["image"].head(num_variants)
+        variants = [load_image(synthetic_dir / path) for path in paths]
+        rows.append((case, loaded[largest], variants))
+    figure = Figure(figsize=(1.35 * (2 + num_variants), 1.45 * len(rows)))
+    grid = figure.subplots(len(rows), 2 + num_variants, squeeze=False)
+    for axes, (case, item, variants) in zip(grid, rows, strict=True):
+        label = item["label"][0]
+        _show(axes[0], item["image"][0], {TRUTH_COLOR: label}, side=case)
+        _show(axes[1], item["edge"][0] * 2 - 1)
+        for number, place in enumerate(axes[2:]):
+            if number < len(variants):
+                _show(place, variants[number])
+            else:
+                place.axis("off")
+    titles = ["real, label", "edge"] + [f"variant {n}" for n in range(num_variants)]
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=9)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04)
+    return embed(figure, "png")
+
+
+def predictions_picture(run_dir: Path, store: SliceStore, metrics: pd.DataFrame, arm: str) -> str:
+    """Worst, median and best case of an arm by Dice, truth and prediction outlined, as a data URI.
+
+    The cases are those of the first seed; a case's Dice is the mean over its labels. Of a volume,
+    the slice with the largest truth is shown.
+
+    Args:
+        run_dir: the study's folder.
+        store: its slice store.
+        metrics: of all arms.
+        arm: the arm to show.
+
+    Source: engineering choice
+    """
+    chosen = metrics[(metrics["arm"] == arm) & (metrics["metric"] == "dice")]
+    chosen = chosen[chosen["seed"] == chosen["seed"].min()]
+    ranked = chosen.groupby(["fold", "seed", "case"])["value"].mean().dropna().sort_values()
+    places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
+    figure = Figure(figsize=(3 * 2.7, 2.9))
+    for axes, (word, place) in zip(figure.subplots(1, 3), places.items(), strict=True):
+        fold, seed, case = ranked.index[place]
+        folder = result_dirs(run_dir)[arm, fold, seed]
+        image, truth, prediction = load_case(store, int(fold), case, folder / "predictions")
+        _show(axes, image, {TRUTH_COLOR: truth, PREDICTION_COLOR: prediction})
+        axes.set_title(f"{word}: {case}\nDice {ranked.iloc[place]:.3f}", fontsize=9)
+    handles = [
+        Line2D([], [], color=TRUTH_COLOR, label="truth"),
+        Line2D([], [], color=PREDICTION_COLOR, label="prediction"),
+    ]
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=2,
+        fontsize=9,
+        facecolor="#444444",
+        labelcolor="white",
+        framealpha=1,
+    )
+    return embed(figure, "png")
+
+
+def load_case(
+    store: SliceStore, fold: int, case: str, predictions_dir: Path
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Image, truth and prediction of a test case at its own resolution, as 2D arrays.
+
+    Args:
+        store: the slice store.
+        fold: whose test part holds the case.
+        case: its name.
+        predictions_dir: holds `<case>.nii.gz` or `<case>.png` in the source's geometry.
+
+    Returns:
+        Image in [-1, 1], truth and prediction as class index, each (H, W); of a volume the slice
+        with the largest truth.
+
+    Raises:
+        FileNotFoundError: the case has no prediction.
+
+    Source: engineering choice
+    """
+    task = store.header["task"]
+    item = next(item for item in case_items(store.store_dir, fold, "test") if item["case"] == case)
+    steps = case_preprocessing(task, store.header["preprocessing"]["image_size"], with_label=True)
+    own_resolution = Compose(steps.transforms[: intensity_step(steps) + 1])
+    loaded = own_resolution({"image": item["image"], "label": item["label"]})
+    found = sorted(predictions_dir.glob(f"{case}.*"))
+    if not found:
+        raise FileNotFoundError(f"{predictions_dir} holds no prediction of case {case}")
+    prediction = _load_prediction(found[0], task)
+    parts = [part.as_tensor() for part in (loaded["image"], loaded["label"], prediction)]
+    volumes = [part.reshape(*part.shape[1:3], -1) for part in parts]  # (H, W, D)
+    largest = int((volumes[1] > 0).sum(dim=(0, 1)).argmax())
+    return tuple(volume[..., largest] for volume in volumes)
+
+
+def load_image(path: Path) -> torch.Tensor:
+    """A stored slice or variant (H, W) in [-1, 1]."""
+    return LoadSliced("image")({"image": str(path)})["image"][0]
+
+
+def _source(row: pd.Series) -> dict[str, str]:
+    """Paths of a variant's source slice; its edge lies beside its label in the store."""
+    return {"image": row["source_image"], "edge": row["edge"], "label": row["label"]}
+
+
+def _load_prediction(path: Path, task: Mapping) -> torch.Tensor:
+    """A prediction as (1, H, W[, D]), oriented as the task's slices are."""
+    if path.suffix == ".png":
+        reader = PILReader(converter=lambda image: image.convert("L"), reverse_indexing=False)
+        return Compose([LoadImage(reader=reader), EnsureChannelFirst()])(path)
+    axcodes = AXCODES[task["slice_axis"]]
+    return Compose(
+        [
+            LoadImage(reader="NibabelReader"),
+            EnsureChannelFirst(),
+            Orientation(axcodes=axcodes, labels=AXIS_LABELS),
+        ]
+    )(path)
+
+
+def _show(axes, image: torch.Tensor, outlines: Mapping | None = None, side: str = "") -> None:
+    """Draws an image in [-1, 1] in gray, with the outline of every class of each label map."""
+    axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    for color, label in (outlines or {}).items():
+        for number in range(1, int(label.max()) + 1):
+            mask = (label == number).numpy().astype(float)
+            if mask.any():
+                axes.contour(mask, levels=[0.5], colors=color, linewidths=1.2)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_ylabel(side, fontsize=8)

@@ -1,0 +1,188 @@
+"""The report of a study: metrics.csv, summary.json and a page that needs no other file."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pandas as pd
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from diffboost import figures, pictures, results, statistics
+from diffboost.data.slices import SliceStore, read_store
+
+logger = logging.getLogger(__name__)
+
+METRIC_NAMES = {
+    "dice": "Dice",
+    "precision": "Precision",
+    "recall": "Recall",
+    "hd95_mm": "HD95",
+    "assd_mm": "ASSD",
+}
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes metrics.csv, summary.json and report/index.html into a study's folder.
+
+    Args:
+        run_dir: the folder, such as `runs/demo`; arms that are not evaluated yet are left out.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        FileNotFoundError: the folder is no study's, or nothing in it has been evaluated.
+
+    Source: engineering choice
+    """
+    run_dir = Path(run_dir)
+    experiment = results.read_experiment_as_run(run_dir)
+    metrics = results.read_metrics(run_dir)
+    summary = summarize(run_dir, experiment, metrics)
+    store = read_store(run_dir / "store")
+    page = render(run_dir, experiment, metrics, summary, store)
+    metrics.to_csv(run_dir / "metrics.csv", index=False)
+    text = json.dumps(without_nan(summary), indent=2, allow_nan=False)
+    (run_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    path = run_dir / "report" / "index.html"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    logger.info("wrote %s", path)
+    return path
+
+
+def summarize(run_dir: Path, experiment: dict, metrics: pd.DataFrame) -> dict:
+    """The report's facts for machines.
+
+    Args:
+        run_dir: the study's folder.
+        experiment: as `read_experiment_as_run` gives it.
+        metrics: as `read_metrics` gives it.
+
+    Returns:
+        The content of summary.json; NaN where a figure does not exist.
+
+    Source: engineering choice
+    """
+    arms, differences = statistics.summarize(metrics, experiment["arms"])
+    costs = results.read_costs(run_dir)
+    empty = metrics[metrics["metric"].str.startswith("empty_")]
+    counts = empty.groupby(["arm", "metric"])["value"].sum().astype(int)
+    by_seed = statistics.seed_means(metrics, "dice")
+    return {
+        "name": experiment["name"],
+        "protocol": experiment["protocol"],
+        "arms": arms,
+        "paired_difference_to_baseline": differences,
+        "unit": "case: mean over labels, seeds and folds; sd and n are over cases",
+        "dice_by_seed": {
+            arm: {str(seed): float(value) for seed, value in by_seed.loc[arm].items()}
+            for arm in arms
+        },
+        "empty": {arm: counts[arm].to_dict() for arm in arms if arm in counts.index},
+        "seconds": costs["seconds"].round(2).to_dict(),
+        "memory_mib": costs["memory_mib"].round(1).to_dict(),
+        "edge_agreement": results.read_edge_agreement(run_dir),
+        "versions": results.describe_versions(),
+        "machine": results.describe_machine(),
+    }
+
+
+def render(
+    run_dir: Path, experiment: dict, metrics: pd.DataFrame, summary: dict, store: SliceStore
+) -> str:
+    """The page: HTML with every picture inside.
+
+    Source: engineering choice
+    """
+    arms = list(summary["arms"])
+    colors = figures.arm_colors(arms)
+    costs = results.read_costs(run_dir)
+    synthetic_dirs = [
+        path.parent for path in sorted(run_dir.glob("fold*/synthetic/manifest.parquet"))
+    ]
+    environment = Environment(
+        loader=PackageLoader("diffboost", "."), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"number": number, "signed": signed, "seconds": seconds}
+    return environment.get_template("report.html.j2").render(
+        experiment=experiment,
+        experiment_text=yaml.safe_dump(experiment, sort_keys=False),
+        summary=summary,
+        header=store.header,
+        length_unit="px" if store.header["task"]["layout"] == "pairs" else "mm",
+        num_runs=metrics[["arm", "fold", "seed"]].drop_duplicates().shape[0],
+        metric_names={
+            key: name for key, name in METRIC_NAMES.items() if key in summary["arms"][arms[0]]
+        },
+        lower_is_better=statistics.LOWER_IS_BETTER,
+        colors=colors,
+        by_label=dice_by_label(metrics, arms),
+        differences=_chart_of_differences(summary, colors),
+        variants={path.parts[-2]: pictures.variants_picture(path) for path in synthetic_dirs[:1]},
+        predictions={
+            arm: pictures.predictions_picture(run_dir, store, metrics, arm) for arm in arms
+        },
+        curves=_charts_of_training(run_dir, colors),
+        costs=costs.reset_index().to_dict("records"),
+        cost_chart=figures.cost_chart(costs) if len(costs) else None,
+    )
+
+
+def dice_by_label(metrics: pd.DataFrame, arms: list[str]) -> dict[str, dict[str, float]]:
+    """Mean Dice per label and arm; empty for a task with one label.
+
+    Source: engineering choice
+    """
+    dice = metrics[metrics["metric"] == "dice"]
+    if dice["label"].nunique() < 2:
+        return {}
+    by_case = dice.groupby(["label", "arm", "case"])["value"].mean()
+    table = by_case.groupby(["label", "arm"]).mean().unstack("arm")[arms]
+    return table.to_dict("index")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure for people; a dash if it does not exist."""
+    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference for people, with a true minus sign; a dash if it does not exist."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def seconds(value: float) -> str:
+    """A duration for people: `48 s`, `3 min 20 s`, `1 h 05 min`."""
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def without_nan(value: object) -> object:
+    """The same nested value with None for every NaN, as JSON needs it."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _chart_of_differences(summary: dict, colors: dict[str, str]) -> str | None:
+    """The chart of paired differences, if an arm stands beside baseline."""
+    differences = summary["paired_difference_to_baseline"]
+    return figures.difference_chart(differences, colors) if differences else None
+
+
+def _charts_of_training(run_dir: Path, colors: dict[str, str]) -> list[str]:
+    """Curves of the generators and of the segmenters, where there are logs."""
+    generators, segmenters = results.read_training_logs(run_dir)
+    charts = [] if generators.empty else [figures.generator_chart(generators)]
+    return charts if segmenters.empty else [*charts, figures.segmenter_chart(segmenters, colors)]
