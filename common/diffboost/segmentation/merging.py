@@ -1,0 +1,183 @@
+"""DiffBoost's own step: a slice meets one of its variants, and patches of both are merged."""
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from monai.inferers import Inferer
+from monai.transforms import RandomizableTransform
+
+from diffboost.data.transforms import LoadSliced
+
+CLASSICAL_ARMS = (
+    "baseline",
+    "contrast",
+    "gamma",
+    "brightness",
+    "noise",
+    "resolution",
+    "mirror",
+    "rotate",
+    "scale",
+    "nnunet",
+)
+MERGES = ("logits", "images")
+
+
+def split_arm(arm: str) -> tuple[bool, str]:
+    """Whether the arm uses variants, and its classical part.
+
+    Args:
+        arm: one of CLASSICAL_ARMS, "diffboost", or "diffboost+<classical arm>".
+
+    Raises:
+        ValueError: unknown arm.
+
+    Source: engineering choice
+    """
+    synthetic = arm == "diffboost" or arm.startswith("diffboost+")
+    classical = arm.removeprefix("diffboost").removeprefix("+") if synthetic else arm
+    classical = "baseline" if arm == "diffboost" else classical
+    if classical not in CLASSICAL_ARMS:
+        raise ValueError(
+            f"arm: {arm!r} is unknown; allowed are {', '.join(CLASSICAL_ARMS)}, "
+            "diffboost and diffboost+<one of these>"
+        )
+    return synthetic, classical
+
+
+def variants_by_slice(synthetic_dir: str | Path) -> dict[tuple[str, int], list[str]]:
+    """Files of the kept variants of each (case, slice), in the order of their numbers.
+
+    Args:
+        synthetic_dir: a synthetic store (images/, manifest.parquet).
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+
+    Source: engineering choice
+    """
+    manifest_path = Path(synthetic_dir) / "manifest.parquet"
+    if not manifest_path.is_file():
+        raise FileNotFoundError(
+            f"synthetic_dir: {synthetic_dir} holds no manifest.parquet; "
+            "write a synthetic store with the bundle diffboost_synthesis"
+        )
+    manifest = pd.read_parquet(manifest_path, columns=["image", "case", "slice", "variant", "kept"])
+    manifest = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
+    root = Path(synthetic_dir).resolve()
+    return {
+        (str(case), int(number)): [str(root / image) for image in rows["image"]]
+        for (case, number), rows in manifest.groupby(["case", "slice"])
+    }
+
+
+class PickVariantd(RandomizableTransform):
+    """Draws one file of ``variants`` and loads it as ``synthetic``, float32 (1, H, W) in [-1, 1].
+
+    Raises:
+        ValueError: the variant's shape is not the slice's.
+
+    Source: facts 23 (each epoch one of N variants, so steps do not grow with N)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(prob=1.0)
+        self.load = LoadSliced("synthetic")
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        """The item with ``synthetic`` beside ``image``."""
+        paths = data["variants"]
+        path = paths[self.R.randint(len(paths))]
+        d = self.load({**data, "synthetic": path})
+        if d["synthetic"].shape != d["image"].shape:
+            shape, expected = tuple(d["synthetic"].shape), tuple(d["image"].shape)
+            raise ValueError(f"synthetic: {path} has shape {shape}, its slice has {expected}")
+        return d
+
+
+class RandMergeMaskd(RandomizableTransform):
+    """Draws ``merge_mask``, float32 (1, H, W): 1 where a patch is real, 0 where it is synthetic.
+
+    A matrix of ceil(H / patch_size) x ceil(W / patch_size) uniform numbers is compared with alpha
+    and enlarged by nearest neighbor; the last patches are cut at the slice's border.
+
+    Args:
+        alpha: chance in [0, 1] that a patch is real.
+        patch_size: side of a patch in pixels, at least 1.
+
+    Raises:
+        ValueError: alpha or patch_size outside these ranges.
+
+    Source: Algorithm 1; facts 22, 23
+    """
+
+    def __init__(self, alpha: float, patch_size: int) -> None:
+        super().__init__(prob=1.0)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha: {alpha} is not in [0, 1]")
+        if patch_size < 1:
+            raise ValueError(f"patch_size: {patch_size} is not at least 1 pixel")
+        self.alpha = alpha
+        self.patch_size = patch_size
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        """The item with ``merge_mask`` of the size of ``image``."""
+        height, width = data["image"].shape[-2:]
+        size = (math.ceil(height / self.patch_size), math.ceil(width / self.patch_size))
+        real = (self.R.uniform(size=size) < self.alpha).astype(np.float32)
+        mask = np.kron(real, np.ones((self.patch_size, self.patch_size), np.float32))
+        return {**data, "merge_mask": torch.from_numpy(mask[None, :height, :width].copy())}
+
+
+class MergeInferer(Inferer):
+    """One batched pass over real and synthetic slices, merged by the mask; a plain pass without.
+
+    Batch norm thus sees both halves at once; the released code makes two passes.
+
+    Args:
+        merge: "logits" merges the two predictions, ``y * m + y_aug * (1 - m)`` (released code);
+            "images" merges the two slices before a single pass (the paper's prose).
+        amp: run the network in bfloat16.
+
+    Raises:
+        ValueError: unknown merge.
+
+    Source: Algorithm 1; facts 22
+    """
+
+    def __init__(self, merge: str = "logits", amp: bool = False) -> None:
+        super().__init__()
+        if merge not in MERGES:
+            raise ValueError(f"merge: {merge!r} is unknown; allowed are {', '.join(MERGES)}")
+        self.merge = merge
+        self.amp = amp
+
+    def __call__(
+        self,
+        inputs: torch.Tensor,
+        network: Callable[..., torch.Tensor],
+        synthetic: torch.Tensor | None = None,
+        merge_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits, float32.
+
+        Args:
+            inputs: real slices (B, 1, H, W).
+            network: maps slices to logits (B, classes, H, W).
+            synthetic: a variant of each slice (B, 1, H, W), or None.
+            merge_mask: (B, 1, H, W), 1 = real; needed with ``synthetic``.
+
+        Returns:
+            Logits (B, classes, H, W).
+        """
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            if synthetic is None:
+                return network(inputs).float()
+            if self.merge == "images":
+                return network(inputs * merge_mask + synthetic * (1 - merge_mask)).float()
+            real, variant = network(torch.cat([inputs, synthetic])).float().chunk(2)
+            return real * merge_mask + variant * (1 - merge_mask)

@@ -1,0 +1,170 @@
+"""Training beside the augmentation: the items of an arm, its batches, its output folder."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ignite.engine import Engine, Events
+from monai.engines import PrepareBatchDefault, PrepareBatchExtraInput
+from monai.engines.utils import PrepareBatch
+
+from diffboost.data.slices import read_store, slice_items
+from diffboost.handlers import is_main_process
+from diffboost.segmentation.merging import split_arm, variants_by_slice
+
+
+def training_items(
+    store_dir: str,
+    arm: str,
+    fold: int,
+    image_size: int,
+    num_classes: int,
+    synthetic_dir: str | None = None,
+    min_foreground_px: int = 0,
+    inner_fraction: float = 0.2,
+    num_cases: int | None = None,
+) -> list[dict]:
+    """The training slices of a fold; in a diffboost arm each knows the files of its variants.
+
+    A slice stands in the list once, whatever the ratio: an epoch has as many steps in every arm.
+
+    Args:
+        store_dir: slice store.
+        arm: see ``split_arm``.
+        fold: fold whose training cases (without inner validation) are taken.
+        image_size: side of the slices in pixels, as the store has them.
+        num_classes: number of classes with background, as the store's task has them.
+        synthetic_dir: synthetic store; needed by diffboost arms and refused in others.
+        min_foreground_px: slices with fewer labeled pixels are left out (paper: 20).
+        inner_fraction: part of the fold's training cases kept for inner validation.
+        num_cases: train on this many cases only; all if None.
+
+    Returns:
+        Dictionaries of ``slice_items``, with ``variants`` (list of paths) in a diffboost arm.
+
+    Raises:
+        ValueError: arm and synthetic_dir disagree, the store has another size or number of
+            classes, or training slices have no variant.
+
+    Source: facts 23
+    """
+    synthetic, _ = split_arm(arm)
+    if synthetic != (synthetic_dir is not None):
+        need = "needs a synthetic_dir" if synthetic else "takes no synthetic_dir"
+        raise ValueError(f"arm {arm!r} {need}, but synthetic_dir is {synthetic_dir!r}")
+    check_store(store_dir, image_size, num_classes)
+    items = slice_items(
+        store_dir,
+        fold,
+        "training",
+        min_foreground_px=min_foreground_px,
+        inner_fraction=inner_fraction,
+        num_cases=num_cases,
+    )
+    if not synthetic:
+        return items
+    variants = variants_by_slice(synthetic_dir)
+    missing = [item for item in items if (item["case"], int(item["slice"])) not in variants]
+    if missing:
+        names = ", ".join(f"{item['case']} slice {item['slice']}" for item in missing[:5])
+        raise ValueError(
+            f"synthetic_dir: {synthetic_dir} has no kept variant of {len(missing)} of "
+            f"{len(items)} training slices of fold {fold}, e.g. {names}"
+        )
+    return [item | {"variants": variants[item["case"], int(item["slice"])]} for item in items]
+
+
+def check_store(store_dir: str, image_size: int, num_classes: int) -> None:
+    """Refuses a store whose slices or labels are not what the network is built for.
+
+    Args:
+        store_dir: slice store.
+        image_size: side of the slices in pixels.
+        num_classes: number of classes with background.
+
+    Raises:
+        ValueError: the store has another image size or number of classes.
+
+    Source: engineering choice
+    """
+    header = read_store(store_dir).header
+    stored = {
+        "image_size": header["preprocessing"]["image_size"],
+        "num_classes": len(header["labels"]),
+    }
+    for key, value in {"image_size": image_size, "num_classes": num_classes}.items():
+        if value != stored[key]:
+            where = Path(store_dir)
+            raise ValueError(
+                f"{key}: {value} does not fit the store {where}, which has {stored[key]}"
+            )
+
+
+def prepare_batch(arm: str) -> PrepareBatch:
+    """MONAI's batch preparation: image and label, and in a diffboost arm what MergeInferer needs.
+
+    Args:
+        arm: see ``split_arm``.
+
+    Source: engineering choice
+    """
+    synthetic, _ = split_arm(arm)
+    if synthetic:
+        return PrepareBatchExtraInput({"synthetic": "synthetic", "merge_mask": "merge_mask"})
+    return PrepareBatchDefault()
+
+
+class MoveIntoPlace:
+    """Moves a finished run's files from ``partial_dir`` into ``output_dir``, and writes run.json.
+
+    While training, everything is written into ``partial_dir``; a model.pt in ``output_dir`` is
+    thus always that of a finished run.
+
+    Args:
+        partial_dir: where the other handlers write model.pt and training_log.csv.
+        output_dir: where they belong.
+        settings: what the run is, for run.json; a finished run of other settings is not replaced.
+
+    Raises:
+        ValueError: at the start, if output_dir holds a finished run of other settings.
+
+    Source: engineering choice (design, "Failure")
+    """
+
+    def __init__(self, partial_dir: str, output_dir: str, settings: Mapping) -> None:
+        self.partial_dir = Path(partial_dir)
+        self.output_dir = Path(output_dir)
+        self.settings = dict(settings)
+
+    def attach(self, engine: Engine) -> None:
+        """Listens to the trainer's start and end."""
+        engine.add_event_handler(Events.STARTED, self._refuse_other_run)
+        engine.add_event_handler(Events.COMPLETED, self._move)
+
+    def _refuse_other_run(self) -> None:
+        """Raises if the output folder holds another finished run."""
+        record = self.output_dir / "run.json"
+        if not record.is_file() or not (self.output_dir / "model.pt").is_file():
+            return
+        found = json.loads(record.read_text(encoding="utf-8"))
+        differing = [key for key in self.settings if found.get(key) != self.settings[key]]
+        if differing:
+            names = ", ".join(
+                f"{key} {found.get(key)!r} instead of {self.settings[key]!r}" for key in differing
+            )
+            raise ValueError(
+                f"output_dir: {self.output_dir} holds another run ({names}); "
+                "name another folder, or remove its model.pt"
+            )
+
+    def _move(self) -> None:
+        """Moves every file of the partial folder and removes it; on the first process only."""
+        if not is_main_process():
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.settings, indent=2)
+        (self.partial_dir / "run.json").write_text(text, encoding="utf-8")
+        for path in sorted(self.partial_dir.iterdir()):
+            os.replace(path, self.output_dir / path.name)
+        self.partial_dir.rmdir()
