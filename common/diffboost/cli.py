@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TextIO
 
 import fire
-import yaml
 
+from diffboost.experiments import read_experiment
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.report import write_report
 
@@ -40,14 +40,15 @@ def study(
         snakemake: more options for Snakemake in one string, such as "--executor slurm --jobs 50".
     """
     path = Path(experiment).absolute()
-    if not path.is_file():
-        raise SystemExit(f"experiment: there is no file {path}")
+    try:
+        name = read_experiment(path, {}).name
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
     if not SNAKEFILE.is_file():
         raise SystemExit(
             f"{SNAKEFILE} is not there: studies run from a checkout (pip install -e .)"
         )
-    name = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("name", path.stem)
-    run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / str(name)
+    run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / name
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]
@@ -55,10 +56,10 @@ def study(
     command += ["--config", f"experiment={path}", f"started_in={Path.cwd()}"]
     command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
     # The stages are found by the name `python`: it must be this one, also outside an active venv.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (run_dir / ".lock").open("w") as lock:
         _hold(lock, run_dir)
-        code = subprocess.run(command, check=False, env=os.environ | {"PATH": path}).returncode
+        code = subprocess.run(command, check=False, env=os.environ | {"PATH": programs}).returncode
     if code:
         raise SystemExit(code)
     if not dry_run:

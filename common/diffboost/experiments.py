@@ -13,7 +13,6 @@ from diffboost.knobs import refuse_unknown
 from diffboost.segmentation.merging import split_arm
 
 PROTOCOLS = ("sound",)
-SECTIONS = ("prepare", "finetune", "synthesis", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,8 @@ def read_experiment(path: str | Path, config_files: Mapping[str, str | Path]) ->
 
     Args:
         path: the experiment file.
-        config_files: for each section, the config file that holds its knobs.
+        config_files: for each section, the config file that holds its knobs; a section without one
+            is not checked.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -85,8 +85,8 @@ def read_experiment(path: str | Path, config_files: Mapping[str, str | Path]) ->
             raise ValueError(f"{path}: `{key}` is missing")
     experiment = Experiment(**written)
     _check_values(experiment, path)
-    for section in SECTIONS:
-        _check_knobs(getattr(experiment, section), config_files[section], f"{path}: {section}")
+    for section, config_file in config_files.items():
+        _check_knobs(getattr(experiment, section), config_file, f"{path}: {section}")
     return experiment
 
 

@@ -98,7 +98,7 @@ def check_command_line() -> None:
         settings = ConfigParser.load_config_file(flags["args_file"]) | flags
     files = settings.get("config_file", [])
     files = config_paths(files) if isinstance(files, str) else files
-    known = set().union(*(ConfigParser.load_config_files([path]) for path in files))
+    known = set().union(*(ConfigParser.load_config_file(path) for path in files))
     known = {_top_level(key) for key in known} | RUNNER_IDS | RUNNER_ARGUMENTS
     overrides = {_top_level(key): value for key, value in settings.items()}
     try:

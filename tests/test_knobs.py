@@ -1,0 +1,102 @@
+"""Misspelt knobs are refused: in mappings, on the command line of a bundle run, by `diffboost`."""
+
+import subprocess
+import sys
+
+import pytest
+
+from diffboost import cli
+from diffboost.knobs import check_command_line, config_paths, nearest, read_flags, refuse_unknown
+
+RUNNER = "site-packages/monai/bundle/__main__.py"
+TRAIN = """
+bundle_root: .
+learning_rate: 1.0e-3
+train: {epochs: 1}
+run:
+  - {_target_: diffboost.knobs.check_command_line}
+  - $print('first step at', @learning_rate)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(TRAIN)
+    return str(path)
+
+
+def run_check(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [RUNNER, "run", *words])
+    check_command_line()
+
+
+def test_nearest_names_the_likely_word_and_all():
+    assert nearest("lerning_rate", ["epochs", "learning_rate"]) == (
+        "did you mean 'learning_rate'? allowed: epochs, learning_rate"
+    )
+    assert nearest("zzz", ["epochs"]) == "allowed: epochs"
+
+
+def test_refuse_unknown_names_place_key_and_value():
+    refuse_unknown({"epochs": 1}, ["epochs"], "here")
+    with pytest.raises(ValueError, match="here: unknown key 'epoch' .3.; did you mean 'epochs'"):
+        refuse_unknown({"epoch": 3}, ["epochs"], "here")
+
+
+def test_flags_are_read_in_both_forms():
+    words = ["run", "--epochs", "3", "--dry-run", "--alpha=0.6", "--x", "-1"]
+    assert read_flags(words) == {"epochs": "3", "dry-run": "", "alpha": "0.6", "x": "-1"}
+
+
+def test_config_file_may_be_a_list():
+    assert config_paths("a.yaml") == ["a.yaml"]
+    assert config_paths("['a.yaml', 'b.yaml']") == ["a.yaml", "b.yaml"]
+
+
+def test_known_overrides_pass(monkeypatch, config):
+    words = ["--learning_rate=2", "--train::epochs", "3", "--+train", "{}", "--train#epochs", "4"]
+    run_check(monkeypatch, "--config_file", config, "--bundle_root", ".", *words)
+
+
+def test_a_key_of_an_overlay_is_known(monkeypatch, config, tmp_path):
+    (tmp_path / "overlay.yaml").write_text("'+train': {a: 1}\nmerge: logits\n")
+    files = repr([config, str(tmp_path / "overlay.yaml")])
+    run_check(monkeypatch, "--config_file", files, "--merge", "images")
+    with pytest.raises(SystemExit, match="unknown key 'merg'.*did you mean 'merge'"):
+        run_check(monkeypatch, "--config_file", files, "--merg", "images")
+
+
+def test_args_file_is_checked_too(monkeypatch, config, tmp_path):
+    (tmp_path / "args.yaml").write_text(f"config_file: {config}\nlerning_rate: 3\n")
+    with pytest.raises(SystemExit, match="lerning_rate"):
+        run_check(monkeypatch, "--args_file", str(tmp_path / "args.yaml"))
+
+
+def test_other_processes_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["monailabel", "start_server", "--anything", "1"])
+    check_command_line()
+
+
+def test_a_real_run_stops_before_its_first_step(config):
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config]
+    done = subprocess.run(
+        [*command, "--lerning_rate", "4"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "did you mean 'learning_rate'?" in done.stderr
+    assert "first step" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stdy", "demo.yaml"], "unknown key 'stdy'.*did you mean 'study'"),
+        (["study", "demo.yaml", "--corse", "4"], "unknown key 'corse'.*did you mean 'cores'"),
+        (["study", "missing.yaml"], "there is no file .*missing.yaml"),
+    ],
+)
+def test_diffboost_refuses(monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["diffboost", *words])
+    with pytest.raises(SystemExit, match=message):
+        cli.main()
