@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import fft
 
+from diffboost.data.tissues import FINDING_TISSUES
+
 OVERSAMPLING = (
     2  # shapes are drawn this much finer than the image, so that borders hold mixed pixels
 )
@@ -140,6 +142,7 @@ class Canvas:
         drift: float = 0.0,
         soft: float | None = None,
         inside: np.ndarray | None = None,
+        capsule: float = 0.0,
     ) -> np.ndarray:
         """Paint an ellipsoid with a Fourier-perturbed outline (``tissue`` None: only compute it).
 
@@ -153,6 +156,7 @@ class Canvas:
             drift: largest sideways move along z.
             soft: width of the border (None: the canvas's).
             inside: cover to cut with.
+            capsule: thickness of a layer of fat around it.
 
         Returns:
             Cover (D, H, W) float32 in [0, 1].
@@ -175,6 +179,8 @@ class Canvas:
             outline = outline + (size * turn.astype(np.complex64) * power).real
         flat = np.sqrt(np.clip(1 - (height / z_span[1]) ** 2, 0, None))
         distance = (outline * flat - rho) * np.float32(np.sqrt(radii[0] * radii[1]))
+        if capsule:
+            self.add("fat", step(distance + capsule - (flat <= 0), self.soft), inside)
         cover = step(distance - (flat <= 0), soft or self.soft).astype(np.float32)
         if tissue is None:
             return cover if inside is None else cover * inside
@@ -217,17 +223,3 @@ class Canvas:
         else:
             soft = rng.uniform(0.02, 0.12)
             self.blob(tissue, center, radii, angle, rng.uniform(0.1, 0.3), soft=soft, inside=inside)
-
-
-FINDING_TISSUES = {
-    "lesion": "lesion",
-    "mass": "tumor",
-    "cyst": "fluid",
-    "calcification": "calcium",
-    "stone": "calcium",
-    "nodule": "nodule",
-    "infarct": "edema",
-    "hemorrhage": "blood",
-    "consolidation": "lesion",
-    "sclerosis": "edema",
-}

@@ -1,11 +1,11 @@
-"""Anatomies: each function paints one region of the body with a finding on a canvas."""
+"""Body sections for CT and MR: each function paints a region with a finding on a canvas."""
 
 import numpy as np
 
 from diffboost.data.anatomy import Canvas
 
 
-def _spot(canvas: Canvas, cover: np.ndarray) -> tuple:
+def spot(canvas: Canvas, cover: np.ndarray) -> tuple:
     """A random point (x, y) well inside a cover, as (x, y); the image center if it is empty."""
     rows = np.flatnonzero(cover.ravel() > 0.9)
     if not len(rows):
@@ -24,8 +24,8 @@ def _spine(canvas: Canvas, y: float) -> None:
     canvas.blob("csf", (0, y + 0.15), (0.06, 0.05), 0, 0.05)
 
 
-def abdomen(canvas: Canvas, finding: str) -> None:
-    """Axial upper abdomen: liver, spleen, stomach, kidneys, bowel, vessels, spine."""
+def _trunk(canvas: Canvas) -> tuple:
+    """Skin, fat, muscle and bowel of the belly; returns the covers of all and of the inside."""
     near, blob = canvas.near, canvas.blob
     canvas.fill("air")
     skin = blob("skin", (0, 0), (0.92, 0.72), 0, 0.03)
@@ -33,12 +33,19 @@ def abdomen(canvas: Canvas, finding: str) -> None:
     blob("fat", (0, 0), (0.9, 0.7), 0, 0.03, inside=skin)
     muscle = blob("muscle", (0, 0), (0.9 - wall, 0.7 - wall), 0, 0.03)
     inner = blob("fat", (0, 0), (0.83 - wall, 0.62 - wall), 0, 0.03, inside=muscle)
-    canvas.add("bowel", canvas.clumps((0.06, 0.06), near(0.35, 0.2)), inner)
+    canvas.add("bowel", canvas.clumps((0.06, 0.06), near(0.25, 0.15)), inner)
     for _ in range(canvas.rng.integers(2, 6)):
         at, size = (near(0.05, 0.4), near(-0.1, 0.3)), near(0.11, 0.05)
         loop = blob("bowel", at, (size, size * 0.8), near(0, 1.5), 0.15, drift=0.3, inside=inner)
         if canvas.rng.random() < 0.4:
             blob("gas", at, (size * 0.5, size * 0.3), 0, 0.2, drift=0.1, inside=loop)
+    return skin, inner
+
+
+def abdomen(canvas: Canvas, finding: str) -> None:
+    """Axial upper abdomen: liver, spleen, stomach, kidneys, bowel, vessels, spine."""
+    near, blob = canvas.near, canvas.blob
+    skin, inner = _trunk(canvas)
     _spine(canvas, near(0.33, 0.04))
     for side in (-1, 1):
         blob("muscle", (side * 0.24, 0.4), (0.1, 0.09), 0, 0.1, inside=skin)
@@ -73,22 +80,14 @@ def abdomen(canvas: Canvas, finding: str) -> None:
     )
     blob("stomach", at, (0.2, 0.13), near(0, 0.6), 0.2, 0.2, inside=wall)
     blob("pancreas", (near(0.1, 0.1), near(0.02, 0.06)), (0.26, 0.06), near(-0.3, 0.3), 0.2, 0.5)
-    spleen = blob(
-        "spleen",
-        (near(0.55, 0.07), near(0.02, 0.1)),
-        (near(0.16, 0.04), near(0.27, 0.06)),
-        near(-0.3, 0.4),
-        0.12,
-        near(0.15, 0.25),
-        (near(0, 0.1), near(0.76, 0.1)),
-        0.15,
-        inside=inner,
-    )
+    at, size = (near(0.53, 0.06), near(0.02, 0.08)), np.array([near(0.22, 0.04), near(0.32, 0.05)])
+    lie, bend, span = near(-0.3, 0.3), near(0.15, 0.2), (near(0, 0.1), near(0.78, 0.08))
+    spleen = blob("spleen", at, size, lie, 0.1, bend, span, 0.08, None, inner, near(0.07, 0.03))
     blob("vessel", (near(0.06, 0.04), 0.17), (0.055, 0.055), 0, 0.03)
     blob("vessel", (near(-0.12, 0.04), 0.16), (0.07, 0.05), 0, 0.08)
     if finding != "normal":
         host = liver if canvas.rng.random() < 0.65 else spleen
-        canvas.finding(finding, _spot(canvas, host), near(0.13, 0.07), host)
+        canvas.finding(finding, spot(canvas, host), near(0.13, 0.07), host)
 
 
 def chest(canvas: Canvas, finding: str) -> None:
@@ -118,7 +117,7 @@ def chest(canvas: Canvas, finding: str) -> None:
         canvas.add("fluid", canvas.below(near(0.15, 0.12), 0.05), lung)
     elif finding != "normal":
         size = near(0.1, 0.05) if finding == "nodule" else near(0.2, 0.08)
-        canvas.finding(finding, _spot(canvas, lung), size, lung)
+        canvas.finding(finding, spot(canvas, lung), size, lung)
 
 
 def brain(canvas: Canvas, finding: str) -> None:
@@ -147,18 +146,16 @@ def brain(canvas: Canvas, finding: str) -> None:
         blob("csf", (side * 0.14, near(0.28, 0.05)), (wide, 0.15), side * 0.5, 0.12)
     for _ in range(canvas.rng.integers(3, 8) if finding == "lesion" else finding != "normal"):
         size = near(0.07, 0.04) if finding == "lesion" else near(0.17, 0.08)
-        canvas.finding(finding, _spot(canvas, white), size, cortex)
+        canvas.finding(finding, spot(canvas, white), size, cortex)
 
 
 def hippocampus(canvas: Canvas, finding: str) -> None:
     """Enlarged medial temporal lobe: a bent gray structure beside white matter and a CSF horn."""
     near, blob, rng = canvas.near, canvas.blob, canvas.rng
     canvas.fill("white")
-    bands = canvas.clumps((near(0.22, 0.08), near(0.22, 0.08)), near(0.4, 0.12), near(0.4, 0.2))
+    bands = canvas.clumps((near(0.22, 0.08), near(0.22, 0.08)), near(0.4, 0.12), near(0.25, 0.15))
     canvas.add("gray", bands)
-    canvas.add(
-        "csf", np.clip((bands - near(0.93, 0.05)) * 12, 0, 1), canvas.clumps((0.2, 0.2), 0.5)
-    )
+    canvas.add("csf", np.clip((bands - near(0.85, 0.1)) * 12, 0, 1), canvas.clumps((0.2, 0.2), 0.5))
     if rng.random() < 0.6:
         canvas.add("csf", canvas.below(near(0.65, 0.2), 0.1), canvas.clumps((0.2, 0.2), 0.6))
     if rng.random() < 0.6:
@@ -185,7 +182,7 @@ def hippocampus(canvas: Canvas, finding: str) -> None:
     if finding == "sclerosis":
         blob("edema", at, size * 0.8, angle, 0.15, bend, inside=body)
     elif finding == "cyst":
-        canvas.finding("cyst", _spot(canvas, body), near(0.11, 0.04), None)
+        canvas.finding("cyst", spot(canvas, body), near(0.11, 0.04), None)
 
 
 def knee(canvas: Canvas, finding: str) -> None:
@@ -218,7 +215,7 @@ def knee(canvas: Canvas, finding: str) -> None:
     blob("vessel", (0.6, 0), (0.05, 0.9), near(0, 0.1), 0.05)
     if finding in ("lesion", "cyst"):
         host = marrow if finding == "lesion" else joint
-        canvas.finding(finding, _spot(canvas, host), near(0.14, 0.05) + 0.03 * rng.random(), None)
+        canvas.finding(finding, spot(canvas, host), near(0.14, 0.05) + 0.03 * rng.random(), None)
 
 
 def pelvis(canvas: Canvas, finding: str) -> None:
@@ -245,90 +242,4 @@ def pelvis(canvas: Canvas, finding: str) -> None:
     inside = canvas.rng.choice(["gas", "bowel", "fat"])
     blob(inside, (0, 0.42), (0.11, 0.09), 0, 0.2, inside=wall)
     if finding != "normal":
-        canvas.finding(finding, _spot(canvas, gland), near(0.1, 0.04), gland)
-
-
-def breast(canvas: Canvas, finding: str) -> None:
-    """Breast under the probe: skin, fat with strands, gland, muscle, ribs, a mass or a cyst."""
-    near, rng = canvas.near, canvas.rng
-    canvas.fill("skin")
-    skin = near(-0.87, 0.06)
-    canvas.add("fat", canvas.below(skin, 0.015))
-    top = near(-0.4, 0.3)
-    canvas.add("gland", canvas.below(top, 0.1, 0.08))
-    lobules = canvas.clumps((near(0.07, 0.03), near(0.2, 0.1)), near(0.35, 0.25), near(0.5, 0.3))
-    canvas.add("fat", lobules, canvas.below(top, 0.05))
-    floor = near(0.55, 0.3)
-    muscle = canvas.add("muscle", canvas.below(floor, 0.05))
-    if rng.random() < 0.35:
-        canvas.blob(
-            "bone", (near(0, 0.8), floor + near(0.25, 0.08)), (near(0.3, 0.1), 0.07), inside=muscle
-        )
-    at, size = np.array([near(0, 0.5), near(-0.05, 0.35)]), near(0.22, 0.13)
-    kind = rng.choice(["mass", "oval", "cyst"]) if finding == "lesion" else finding
-    if kind == "mass":  # irregular, spiculated, shadowing, with a bright halo
-        canvas.blob("sinus", at, (size * 1.25, size * 1.15), 0, 0.2, soft=0.2)
-        radii = size * np.exp(rng.normal(0, 0.2, 2))
-        canvas.blob("tumor", at, radii, near(0, 0.5), near(0.22, 0.1), soft=near(0.07, 0.05))
-        canvas.add(
-            "tumor", canvas.clumps((0.05, 0.05), 0.4), canvas.blob(None, at, radii * 1.25, 0, 0.3)
-        )
-    elif kind in ("oval", "cyst"):  # wider than tall, sharp; a cyst enhances what lies behind
-        radii = (size, size * near(0.6, 0.2))
-        body = canvas.blob("lesion" if kind == "oval" else "fluid", at, radii, near(0, 0.3), 0.08)
-        if kind == "oval" and rng.random() < 0.4:
-            canvas.add("gland", canvas.clumps((0.05, 0.08), 0.25), body)
-    elif kind == "calcification":
-        canvas.blob("lesion", at, (size, size * 0.8), 0, 0.15, soft=0.1)
-        canvas.finding("calcification", at, size, None)
-
-
-def thyroid(canvas: Canvas, finding: str) -> None:
-    """Neck under the probe: skin, strap muscles, thyroid lobes, trachea, carotid."""
-    near, blob = canvas.near, canvas.blob
-    canvas.fill("skin")
-    canvas.add("fat", canvas.below(near(-0.85, 0.05), 0.02))
-    canvas.add("muscle", canvas.below(near(-0.65, 0.08), 0.05))
-    canvas.add("fat", canvas.below(near(0.55, 0.15), 0.1, 0.1))
-    canvas.add("muscle", canvas.below(near(0.7, 0.15), 0.08))
-    side = canvas.rng.choice([-1, 1])
-    at = (side * near(0.1, 0.2), near(-0.05, 0.12))
-    lobe = blob("thyroid", at, (near(0.5, 0.12), near(0.36, 0.08)), side * near(0.2, 0.2), 0.1)
-    blob("cartilage", (-side * near(0.75, 0.1), near(0.1, 0.1)), (0.32, 0.32), 0, 0.04)
-    blob("gas", (-side * 0.75, near(0.1, 0.1)), (0.26, 0.26), 0, 0.04)
-    wall = blob("skin", (side * near(0.75, 0.08), near(0.1, 0.15)), (0.2, 0.18), 0, 0.05)
-    blob("vessel", (side * 0.75, 0.1), (0.17, 0.15), 0, 0.05, inside=wall)
-    if finding != "normal":
-        center, size = _spot(canvas, lobe), near(0.2, 0.1)
-        if finding == "calcification":
-            canvas.finding("nodule", center, size, None)
-        canvas.finding(finding, center, size, None)
-
-
-def flank(canvas: Canvas, finding: str) -> None:
-    """Right flank under a convex probe: liver with vessels, kidney, gallbladder, diaphragm."""
-    near, blob = canvas.near, canvas.blob
-    canvas.fill("muscle")
-    canvas.add("fat", canvas.below(near(-0.93, 0.03), 0.02))
-    liver = canvas.add("liver", canvas.below(near(-0.7, 0.1), 0.05))
-    for _ in range(canvas.rng.integers(2, 6)):
-        at = (near(0, 0.7), near(0, 0.5))
-        wall = blob("sinus", at, (near(0.2, 0.1), near(0.05, 0.02)), near(0, 1.5), 0.1)
-        blob("vessel", at, (0.2, 0.04), near(0, 1.5), 0.1, inside=wall)
-    if canvas.rng.random() < 0.75:
-        at, lie = (near(0.35, 0.2), near(0.35, 0.15)), near(0.3, 0.4)
-        blob("fat", at, (0.5, 0.28), lie, 0.06)
-        kidney = blob("kidney", at, (near(0.44, 0.05), near(0.23, 0.04)), lie, 0.06)
-        canvas.add("medulla", canvas.clumps((0.06, 0.06), 0.3), kidney)
-        blob("sinus", at, (0.25, 0.09), lie, 0.2)
-    if canvas.rng.random() < 0.5 or finding == "stone":
-        at = (near(-0.35, 0.2), near(0.05, 0.2))
-        wall = blob("sinus", at, (near(0.27, 0.06), near(0.16, 0.04)), near(0.5, 0.6), 0.06)
-        bladder = blob("fluid", at, (0.24, 0.13), 0.4, 0.08, inside=wall)
-        if finding == "stone":
-            canvas.finding("stone", (at[0], at[1] + 0.05), 0.2, bladder)
-    dome = canvas.below(near(0.85, 0.1), 0.2)
-    canvas.add("bone", dome * (1 - dome) * 3)
-    canvas.add("lung", np.clip(dome * 2 - 1, 0, 1))
-    if finding in ("cyst", "mass", "lesion"):
-        canvas.finding(finding, _spot(canvas, liver), near(0.2, 0.1), liver)
+        canvas.finding(finding, spot(canvas, gland), near(0.1, 0.04), gland)

@@ -14,9 +14,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffboost.data import bodies
+from diffboost.data import bodies, bodies_us
 from diffboost.data.anatomy import OVERSAMPLING, Canvas, posed_grid
-from diffboost.data.scanners import MR_FAMILY, average_down, ct, mr, narrow, paint, us
+from diffboost.data.scanners import (
+    MR_FAMILY,
+    TASK_TEST,
+    TASK_TRAINING,
+    average_down,
+    ct,
+    mr,
+    paint,
+    us,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +40,7 @@ class Region:
         pose: keyword arguments of ``posed_grid``.
         windows_hu: (level, width) choices, CT only.
         fan: chance of a convex probe, US only.
+        scanners: keys of ``MR_FAMILY`` to draw from, MR only.
 
     Source: engineering choice.
     """
@@ -40,6 +50,7 @@ class Region:
     pose: dict
     windows_hu: tuple = ()
     fan: float = 0.0
+    scanners: tuple = tuple(MR_FAMILY)
 
 
 AXIAL = {"zoom": (0.95, 1.6), "rotation": 0.3, "shift": 0.12, "warp": 0.025}
@@ -52,6 +63,7 @@ MASSES = ("normal", "lesion", "cyst", "mass")
 BREAST = ("normal", "lesion", "mass", "cyst", "lesion", "calcification")
 HIPPOCAMPUS = ("normal", "atrophy", "sclerosis", "cyst")
 THYROID = ("normal", "nodule", "cyst", "calcification")
+CRISP = ("inversion", "inversion", "t1", "t2")  # gray and white matter differ
 CHEST = ("normal", "nodule", "consolidation", "effusion")
 
 REGIONS = {
@@ -60,33 +72,15 @@ REGIONS = {
     ("CT", "brain"): Region(bodies.brain, ("normal", "hemorrhage", "infarct"), AXIAL, HEAD_HU),
     ("MR", "abdomen"): Region(bodies.abdomen, MASSES, AXIAL),
     ("MR", "brain"): Region(bodies.brain, ("normal", "lesion", "infarct", "mass"), AXIAL),
-    ("MR", "hippocampus"): Region(bodies.hippocampus, HIPPOCAMPUS, CLOSE),
+    ("MR", "hippocampus"): Region(bodies.hippocampus, HIPPOCAMPUS, CLOSE, scanners=CRISP),
     ("MR", "knee"): Region(bodies.knee, ("normal", "effusion", "lesion", "tear"), AXIAL),
     ("MR", "prostate"): Region(bodies.pelvis, MASSES[:3], AXIAL),
-    ("US", "breast"): Region(bodies.breast, BREAST, PROBE),
-    ("US", "thyroid"): Region(bodies.thyroid, THYROID, PROBE, fan=0.1),
-    ("US", "abdomen"): Region(bodies.flank, ("normal", "cyst", "mass", "stone"), PROBE, fan=0.6),
+    ("US", "breast"): Region(bodies_us.breast, BREAST, PROBE),
+    ("US", "thyroid"): Region(bodies_us.thyroid, THYROID, PROBE, fan=0.1),
+    ("US", "abdomen"): Region(bodies_us.flank, ("normal", "cyst", "mass", "stone"), PROBE, fan=0.6),
 }
 CATEGORIES = [(*key, finding) for key, region in REGIONS.items() for finding in region.findings]
 
-# The task's training scanner is one narrow T1 weighting; its test scanners are the rest of the
-# family that the tree's MR images are drawn from.
-TASK_TRAINING = (
-    narrow(
-        MR_FAMILY["t1"],
-        tr_ms=(420, 520),
-        te_ms=(9, 12),
-        fat_suppression=0.0,
-        scatter=0.04,
-        bias=(0.05, 0.15),
-        noise=(0.015, 0.03),
-        blur_px=(0.3, 0.4),
-        arbitrary=0.0,
-    ),
-)
-TASK_TEST = tuple(
-    narrow(MR_FAMILY[name], scatter=0.06, arbitrary=0.0) for name in ("pd", "inversion", "t1", "t2")
-)
 ORIENTATIONS = ("LPS", "RAS", "LAS", "PSR")
 
 
@@ -112,7 +106,7 @@ def phantom_image(seed: int, index: int, image_size_px: int) -> tuple[np.ndarray
     if modality == "CT":
         image = ct(rng, canvas.layers, region.windows_hu[rng.integers(len(region.windows_hu))])
     elif modality == "MR":
-        image = mr(rng, canvas.layers, rng.choice(list(MR_FAMILY.values())))
+        image = mr(rng, canvas.layers, MR_FAMILY[rng.choice(region.scanners)])
         low = np.percentile(image, 0.5)  # as percentile scaling does with scans
         image = (image - low) / (1 - low)
     else:

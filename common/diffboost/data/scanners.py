@@ -6,69 +6,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from diffboost.data.anatomy import OVERSAMPLING, smooth_field
-
-
-@dataclass(frozen=True)
-class Tissue:
-    """How a tissue answers each modality.
-
-    Args:
-        hu: CT density, Hounsfield units.
-        t1_ms, t2_ms: MR relaxation times at 1.5 T.
-        density: MR proton density, 1 is water.
-        echo_db: ultrasound backscatter relative to liver.
-        attenuation_db: ultrasound loss along half an image's depth, beyond the average.
-        strands_db: height of fibrous strands over the echo level.
-        texture: relative inner variation.
-
-    Source: engineering choice, after textbook values.
-    """
-
-    hu: float
-    t1_ms: float
-    t2_ms: float
-    density: float
-    echo_db: float = 0.0
-    attenuation_db: float = 0.0
-    strands_db: float = 0.0
-    texture: float = 0.06
-
-
-TISSUES = {
-    "air": Tissue(-1000, 1000, 10, 0.01, -14, 14, 0, 0.0),
-    "gas": Tissue(-900, 1000, 10, 0.03, 14, 50, 0, 0.1),
-    "lung": Tissue(-780, 900, 25, 0.15, 8, 30, 0, 0.12),
-    "fat": Tissue(-95, 270, 75, 0.95, -7, 0, 13, 0.05),
-    "skin": Tissue(20, 500, 40, 0.8, 9, 4, 2, 0.05),
-    "gland": Tissue(25, 800, 60, 0.85, 4, 6, 8, 0.12),
-    "muscle": Tissue(55, 900, 42, 0.82, -6, 8, 12, 0.07),
-    "liver": Tissue(62, 580, 46, 0.82, 0, 4, 2, 0.05),
-    "spleen": Tissue(52, 1050, 82, 0.9, -1, 4, 2, 0.05),
-    "kidney": Tissue(38, 960, 88, 0.9, -5, 3, 3, 0.07),
-    "medulla": Tissue(30, 1350, 110, 0.92, -9, 2, 2, 0.05),
-    "sinus": Tissue(-30, 420, 90, 0.9, 9, 5, 6, 0.1),
-    "pancreas": Tissue(40, 650, 58, 0.82, 2, 4, 3, 0.12),
-    "stomach": Tissue(25, 1300, 100, 0.85, -3, 6, 8, 0.2),
-    "bowel": Tissue(35, 1000, 80, 0.82, 2, 12, 8, 0.2),
-    "vessel": Tissue(45, 1400, 160, 0.85, -24, -6, 0, 0.03),
-    "bone": Tissue(700, 400, 3, 0.08, 22, 70, 0, 0.08),
-    "marrow": Tissue(180, 330, 60, 0.8, 5, 40, 4, 0.12),
-    "cartilage": Tissue(80, 1050, 35, 0.8, -12, 2, 0, 0.05),
-    "meniscus": Tissue(100, 800, 8, 0.4, 2, 8, 6, 0.05),
-    "gray": Tissue(38, 950, 100, 0.88, -4, 3, 2, 0.05),
-    "white": Tissue(29, 620, 80, 0.74, 0, 3, 2, 0.04),
-    "csf": Tissue(6, 4000, 1800, 1.0, -28, -8, 0, 0.03),
-    "fluid": Tissue(8, 3200, 1100, 0.98, -30, -14, 0, 0.03),
-    "prostate": Tissue(40, 1200, 100, 0.88, -2, 4, 3, 0.12),
-    "thyroid": Tissue(100, 900, 75, 0.85, 5, 3, 2, 0.05),
-    "lesion": Tissue(22, 1250, 120, 0.92, -17, 7, 4, 0.12),
-    "tumor": Tissue(75, 1150, 105, 0.9, -13, 12, 5, 0.15),
-    "necrosis": Tissue(15, 2200, 250, 0.95, -21, 0, 4, 0.15),
-    "nodule": Tissue(85, 850, 95, 0.9, -10, 1, 3, 0.1),
-    "edema": Tissue(18, 1400, 150, 0.92, -10, 0, 2, 0.06),
-    "blood": Tissue(72, 700, 60, 0.9, -14, 0, 2, 0.08),
-    "calcium": Tissue(900, 600, 4, 0.12, 26, 75, 0, 0.02),
-}
+from diffboost.data.tissues import TISSUES
 
 
 @dataclass(frozen=True)
@@ -94,7 +32,7 @@ class MRScanner:
     fat_suppression: float = 0.25
     scatter: float = 0.12
     bias: tuple = (0.05, 0.35)
-    noise: tuple = (0.01, 0.06)
+    noise: tuple = (0.005, 0.05)
     blur_px: tuple = (0.2, 0.8)
     arbitrary: float = 0.25
 
@@ -108,9 +46,22 @@ MR_FAMILY = {
 }
 
 
-def narrow(scanner: MRScanner, **changes: tuple | float) -> MRScanner:
-    """The same scanner with some ranges narrowed."""
-    return replace(scanner, **changes)
+# The 3D task's training scanner is one narrow T1 weighting; its test scanners are the rest of the
+# family. Each stands for a range that the tree's MR images are drawn from, too.
+TASK_TRAINING = (
+    MRScanner((420, 520), (9, 12), (0, 0), 0.0, 0.04, (0.05, 0.15), (0.015, 0.03), (0.3, 0.4), 0.0),
+)
+TASK_TEST = tuple(
+    replace(
+        MR_FAMILY[name],
+        scatter=0.06,
+        arbitrary=0.0,
+        bias=(0.05, 0.25),
+        noise=(0.01, 0.035),
+        blur_px=(0.2, 0.6),
+    )
+    for name in ("pd", "inversion", "t1", "t1", "t2")
+)
 
 
 def paint(layers: list, values: dict) -> np.ndarray:
@@ -277,7 +228,7 @@ def us(rng: np.random.Generator, layers: list, fan: float = 0.0) -> np.ndarray:
     size = shape[-1]
     used = sorted({name for name, _ in layers})
     echo = paint(layers, {t: TISSUES[t].echo_db + rng.normal(0, 2.5) for t in used})
-    echo += 22 * _texture(rng, layers)
+    echo += 16 * _texture(rng, layers)
     sheets = smooth_field(
         rng, shape, (0, size * rng.uniform(0.01, 0.025), size * rng.uniform(0.06, 0.2))
     )
@@ -288,10 +239,10 @@ def us(rng: np.random.Generator, layers: list, fan: float = 0.0) -> np.ndarray:
     loss = paint(layers, {t: TISSUES[t].attenuation_db * rng.uniform(0.5, 1.3) for t in used})
     shadow = np.cumsum(gaussian_filter(loss, (0, 0, 2)), 1) * 2 / size
     depth = np.linspace(0, 1, size, dtype=np.float32)[None, :, None]
-    gain = rng.uniform(-5, 14) * depth + rng.uniform(0, 6) * np.exp(
+    gain = rng.uniform(-4, 12) * depth + rng.uniform(0, 6) * np.exp(
         -((depth - rng.random()) ** 2) * 20
     )
-    amplitude = 10 ** ((echo - shadow + gain - 6 * depth) / 20)
+    amplitude = 10 ** ((echo - shadow + gain - 14 * depth) / 20)
     axial, lateral = size * rng.uniform(0.004, 0.009), size * rng.uniform(0.008, 0.022)
     power = np.zeros(shape, np.float32)
     looks = rng.integers(2, 8)
