@@ -169,7 +169,7 @@ def _load_prediction(path: Path, task: Mapping) -> torch.Tensor:
 
 def _show(axes, image: torch.Tensor, outlines: Mapping | None = None, side: str = "") -> None:
     """Draws an image in [-1, 1] in gray, with the outline of every class of each label map."""
-    axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+    axes.imshow(image.numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     for color, label in (outlines or {}).items():
         for number in range(1, int(label.max()) + 1):
             mask = (label == number).numpy().astype(float)

@@ -40,7 +40,8 @@ def result_dirs(run_dir: Path) -> dict[tuple[str, int, int], Path]:
     found = {}
     for path in sorted(run_dir.glob(RESULT_GLOB)):
         fold, arm, seed = path.parts[-3:]
-        found[arm, int(fold.removeprefix("fold")), int(seed.removeprefix("seed"))] = path
+        if seed.removeprefix("seed").isdigit():  # not a run that is still in `seed0.partial`
+            found[arm, int(fold.removeprefix("fold")), int(seed.removeprefix("seed"))] = path
     return found
 
 

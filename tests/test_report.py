@@ -1,0 +1,186 @@
+"""The report: hand-computed statistics, and the page of a small made-up study."""
+
+import json
+import re
+import shutil
+import sys
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from small_store import write_store, write_variants
+
+from diffboost import cli
+from diffboost.report import number, seconds, signed, write_report
+from diffboost.statistics import case_values, describe, paired_difference, summarize
+
+ARMS = ["baseline", "diffboost"]
+GAIN = {"baseline": 0.0, "diffboost": 0.1}
+TEST_CASES = ["case_0", "case_3"]  # fold 0 of the small store
+
+
+def metric_rows(arm: str, seed: int) -> pd.DataFrame:
+    """What evaluate writes for two cases with two labels, better by 0.1 with diffboost."""
+    rows = []
+    for number_of_case, case in enumerate(TEST_CASES):
+        for label in ("shell", "core"):
+            dice = 0.5 + 0.2 * number_of_case + GAIN[arm] + 0.01 * seed
+            values = {"dice": dice, "precision": dice, "recall": dice}
+            values |= {"hd95_mm": 10 - 10 * dice, "assd_mm": 5 - 5 * dice}
+            values |= {"empty_prediction": 0, "empty_truth": 0}
+            rows += [(case, label, metric, value) for metric, value in values.items()]
+    return pd.DataFrame(rows, columns=["case", "label", "metric", "value"])
+
+
+def write_variants_of_store(store_dir, synthetic_dir) -> None:
+    """The small store's variants, with the columns that synthesis writes."""
+    write_variants(store_dir, synthetic_dir)
+    manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
+    names = manifest["case"] + "_" + manifest["slice"].astype(str).str.zfill(4) + ".png"
+    manifest["source_image"] = str(store_dir / "images") + "/" + names
+    for column, folder in (("label", "labels"), ("edge", "edges")):
+        manifest[column] = str(store_dir / folder) + "/" + names
+    manifest.to_parquet(synthetic_dir / "manifest.parquet")
+    agreement = {"own": 0.8, "other": 0.2, "n": 10}
+    (synthetic_dir / "edge_agreement.json").write_text(json.dumps(agreement))
+
+
+def write_results(run_dir, arm: str, seed: int) -> None:
+    """One evaluated segmenter, whose predictions are the truth."""
+    folder = run_dir / "fold0" / arm / f"seed{seed}"
+    (folder / "predictions").mkdir(parents=True)
+    metric_rows(arm, seed).to_csv(folder / "metrics.csv", index=False)
+    log = {"epoch": [1, 2], "train_loss": [1.0, 0.5], "val_dice": [0.2, 0.4], "seconds": [1, 2]}
+    pd.DataFrame(log).to_csv(folder / "training_log.csv", index=False)
+    for case in TEST_CASES:
+        label = nib.load(run_dir / "store" / "source" / "labelsTr" / f"{case}.nii.gz")
+        nib.save(label, folder / "predictions" / f"{case}.nii.gz")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A study of one fold, two arms and two seeds, as the workflow leaves it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "small"
+    run_dir.mkdir()
+    write_store(run_dir / "store")
+    write_variants_of_store(run_dir / "store", run_dir / "fold0" / "synthetic")
+    (run_dir / "fold0" / "generator").mkdir()
+    log = pd.DataFrame({"epoch": [1, 2], "train_loss": [0.3, 0.2], "seconds": [1, 2]})
+    log.to_csv(run_dir / "fold0" / "generator" / "training_log.csv", index=False)
+    for arm in ARMS:
+        for seed in (0, 1):
+            write_results(run_dir, arm, seed)
+    (run_dir / "benchmarks").mkdir()
+    for name, time, memory in (("prepare", 3.5, 100), ("train.a", 60, 900), ("train.b", 62, "-")):
+        text = f"s\th:m:s\tmax_rss\n{time}\t0:00:03\t{memory}\n"
+        (run_dir / "benchmarks" / f"{name}.tsv").write_text(text)
+    experiment = {"name": "small <b>", "protocol": "sound", "task": "balls", "arms": ARMS}
+    experiment |= {"folds": [0], "seeds": [0, 1]}
+    (run_dir / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    write_report(run_dir)
+    return run_dir
+
+
+def test_a_case_counts_once_whatever_the_seeds_and_labels():
+    rows = [
+        ("baseline", 0, 0, "a", "x", "dice", 0.2),
+        ("baseline", 0, 0, "a", "y", "dice", 0.4),
+        ("baseline", 0, 1, "a", "x", "dice", 0.6),
+        ("baseline", 0, 0, "b", "x", "dice", 0.8),
+        ("baseline", 0, 0, "b", "x", "hd95_mm", np.inf),
+    ]
+    columns = ["arm", "fold", "seed", "case", "label", "metric", "value"]
+    values = case_values(pd.DataFrame(rows, columns=columns))
+    assert values.loc["baseline", "dice"].to_dict() == pytest.approx({"a": 0.4, "b": 0.8})
+    found = describe(values.loc["baseline", "dice"])
+    assert found == pytest.approx({"mean": 0.6, "sd": np.sqrt(0.08), "n": 2})
+    assert describe(values.loc["baseline", "hd95_mm"])["n"] == 0
+
+
+def test_the_paired_difference_is_by_case_and_repeatable():
+    cases = [f"c{n}" for n in range(30)]
+    reference = pd.Series(np.linspace(0.1, 0.9, 30), cases)
+    better = reference + np.where(np.arange(30) % 2, 0.04, 0.02)
+    found = paired_difference(better, reference)
+    assert found["mean"] == pytest.approx(0.03)
+    low, high = found["ci95"]
+    assert 0.02 < low < 0.03 < high < 0.04
+    assert high - low == pytest.approx(2 * 1.96 * 0.01 / np.sqrt(30), rel=0.1)
+    assert found["p"] < 1e-4
+    assert found == paired_difference(better, reference)
+    assert paired_difference(better.drop("c0"), reference)["n"] == 29
+
+
+def test_too_few_cases_have_no_interval():
+    one = pd.Series([0.5], ["a"])
+    found = paired_difference(one, one)
+    assert found["n"] == 1
+    assert np.isnan(found["ci95"]).all()
+
+
+def test_the_summary_has_the_form_that_machines_read(run_dir):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["name"] == "small <b>"
+    assert summary["protocol"] == "sound"
+    assert list(summary["arms"]) == ARMS
+    for figures in summary["arms"].values():
+        assert list(figures) == ["dice", "precision", "recall", "hd95_mm", "assd_mm"]
+        assert all(set(found) == {"mean", "sd", "n"} for found in figures.values())
+    expected = {"mean": 0.605, "sd": np.sqrt(0.02), "n": 2}
+    assert summary["arms"]["baseline"]["dice"] == pytest.approx(expected)
+    difference = summary["paired_difference_to_baseline"]["diffboost"]
+    assert difference["dice"]["ci95"] == pytest.approx([0.1, 0.1])
+    assert difference["hd95_mm"]["mean"] == pytest.approx(-1)
+    assert summary["dice_by_seed"]["diffboost"] == pytest.approx({"0": 0.7, "1": 0.71})
+    assert summary["seconds"] == {"prepare": 3.5, "train": 122.0}
+    assert summary["memory_mib"] == {"prepare": 100.0, "train": 900.0}
+    assert summary["edge_agreement"] == {"own": 0.8, "other": 0.2, "n": 10}
+    assert summary["empty"]["baseline"] == {"empty_prediction": 0, "empty_truth": 0}
+    assert summary["versions"]["torch"] and summary["machine"]["cores"] >= 1
+
+
+def test_all_metrics_stand_in_one_file(run_dir):
+    metrics = pd.read_csv(run_dir / "metrics.csv")
+    assert list(metrics) == ["arm", "fold", "seed", "case", "label", "metric", "value"]
+    assert len(metrics) == 2 * 2 * len(metric_rows("baseline", 0))
+    figures, _ = summarize(metrics, ARMS)
+    assert figures["diffboost"]["dice"]["mean"] == pytest.approx(0.705)
+
+
+def test_the_page_stands_alone_and_says_what_was_found(run_dir):
+    page = (run_dir / "report" / "index.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert page.count("data:image/png;base64,") == 1 + len(ARMS)  # variants; predictions an arm
+    assert page.count("data:image/svg+xml;base64,") == 4  # differences, two curves, costs
+    assert "small &lt;b&gt;" in page and "<b>small" not in page
+    for words in (
+        "0.605 ± 0.141",
+        "+0.100",
+        "0.80 with their own hint",
+        "2 min 02 s",
+        "Worst, median",
+    ):
+        assert words in page
+
+
+def test_a_report_says_what_is_missing(tmp_path, run_dir):
+    with pytest.raises(FileNotFoundError, match="holds no experiment.yaml"):
+        write_report(tmp_path)
+    shutil.copy(run_dir / "experiment.yaml", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no metrics.csv under fold\*"):
+        write_report(tmp_path)
+
+
+def test_the_command_writes_the_report(monkeypatch, run_dir):
+    shutil.rmtree(run_dir / "report")
+    monkeypatch.setattr(sys, "argv", ["diffboost", "report", str(run_dir)])
+    cli.main()
+    assert (run_dir / "report" / "index.html").is_file()
+
+
+def test_figures_for_people():
+    assert (number(0.12345), number(float("nan")), number(None)) == ("0.123", "–", "–")
+    assert (signed(-0.5), signed(0.25, 2)) == ("−0.500", "+0.25")
+    assert [seconds(value) for value in (47.6, 200, 3900)] == ["48 s", "3 min 20 s", "1 h 05 min"]
