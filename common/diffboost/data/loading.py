@@ -1,0 +1,142 @@
+"""Loading whole cases for prepare: read, check, cut into slices; a bad file gives a reason."""
+
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from PIL import Image
+from torch.utils.data import Dataset
+
+from diffboost.data.slices import sha256_of_files
+from diffboost.data.sources import Case
+from diffboost.data.transforms import LoadSliced, case_preprocessing, intensity_step
+
+BAD_FILE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, zlib.error)
+
+
+@dataclass(frozen=True)
+class LoadedCase:
+    """A case as slices: images (D, 1, S, S) in [-1, 1], labels (D, 1, S, S) uint8 or None.
+
+    ``spacing_mm``: 3 floats, oriented H, W, D; ``original_shape``: 3 ints and ``affine``: 16
+    floats, as in the file; ``sha256``: hash of the image file and its label files.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    spacing_mm: list[float]
+    original_shape: list[int]
+    affine: list[float]
+    sha256: str
+
+
+class CaseDataset(Dataset):
+    """Loads cases by index; a bad one comes back as the reason (str) why it is rejected.
+
+    Args:
+        cases: what a reader listed.
+        task: a task as ``read_task`` gives it.
+        image_size: side of a slice in pixels.
+
+    Source: engineering choice (issue 2, "Bad input").
+    """
+
+    def __init__(self, cases: Sequence[Case], task: Mapping, image_size: int) -> None:
+        self.cases = cases
+        self.task = task
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        """Number of cases."""
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> LoadedCase | str:
+        """The case at ``index``, or why it cannot be used."""
+        try:
+            if self.task["layout"] == "radimagenet":
+                return self._load_image(self.cases[index])
+            return self._load_case(self.cases[index])
+        except BAD_FILE_ERRORS as error:
+            return _unreadable(self.cases[index]) or _reason(error)
+
+    def _load_image(self, case: Case) -> LoadedCase:
+        """A PNG of a RadImageNet tree: kept as it is, resized for its edges alone."""
+        with Image.open(case.image) as file:
+            width, height = file.size
+        image = LoadSliced("image", self.image_size)({"image": case.image})["image"]
+        _check_image(image)
+        affine = np.eye(4).ravel().tolist()
+        digest = sha256_of_files([case.image])
+        return LoadedCase(image[None], None, [1.0] * 3, [height, width, 1], affine, digest)
+
+    def _load_case(self, case: Case) -> LoadedCase:
+        """A volume or a 2D image with its label, preprocessed and cut into slices."""
+        preprocessing = case_preprocessing(self.task, self.image_size, with_label=True)
+        names = [str(path) for path in case.labels]
+        item = {"image": str(case.image), "label": names if len(names) > 1 else names[0]}
+        cut = intensity_step(preprocessing)
+        item = preprocessing(item, end=cut)
+        _check_source(item["image"], item["label"], self.task["channel"])
+        flat = self.task["layout"] == "pairs"
+        image = item["image"]
+        spacing = [1.0] * 3 if flat else [float(value) for value in image.pixdim]
+        shape = [*image.shape[1:], 1] if flat else image.meta["spatial_shape"]
+        affine = np.eye(4) if flat else image.meta["original_affine"]
+        item = preprocessing(item, start=cut)
+        images, labels = (item[key].as_tensor().movedim(-1, 0) for key in ("image", "label"))
+        if images.abs().max() > 1 + 1e-4 or images.min() == images.max():
+            raise ValueError("the image has no contrast within the task's intensity range")
+        return LoadedCase(
+            images.contiguous(),
+            labels.contiguous().to(torch.uint8),
+            spacing,
+            [int(side) for side in shape][:3],
+            [float(value) for value in np.asarray(affine).ravel()],
+            sha256_of_files([case.image, *case.labels]),
+        )
+
+
+def _check_image(image: torch.Tensor) -> None:
+    """Raises ValueError for an image with NaN or infinite values, or with one value only."""
+    if not torch.isfinite(image).all():
+        raise ValueError("the image has NaN or infinite values")
+    if image.min() == image.max():
+        raise ValueError(f"the image is constant ({float(image.min()):g})")
+
+
+def _check_source(image: MetaTensor, label: MetaTensor, channel: int) -> None:
+    """Raises ValueError if image and label, oriented but not resized, do not fit together."""
+    if image.shape[0] == 0:
+        raise ValueError(f"the image has no channel {channel}")
+    _check_image(image.as_tensor())
+    if image.shape[1:] != label.shape[1:]:
+        shapes = [" x ".join(str(side) for side in each.shape[1:]) for each in (image, label)]
+        raise ValueError(f"the image has the shape {shapes[0]}, its label {shapes[1]}")
+    if not torch.allclose(image.affine[:3, :3], label.affine[:3, :3], atol=1e-2):
+        raise ValueError("image and label have different directions or spacings in their affines")
+
+
+def _unreadable(case: Case) -> str:
+    """Which file of a case cannot be read and why; "" if all can."""
+    for path in (case.image, *case.labels):
+        try:
+            if ".nii" in path.name:
+                nib.load(path).get_fdata(dtype=np.float32)
+            else:
+                with Image.open(path) as file:
+                    file.load()
+        except (*BAD_FILE_ERRORS, nib.filebasedimages.ImageFileError, struct.error) as error:
+            return f"{path.name} cannot be read, truncated or of another format: {_reason(error)}"
+    return ""
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause of an error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
