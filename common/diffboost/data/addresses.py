@@ -14,7 +14,7 @@ def address_seed(*parts: int | str) -> int:
     """A 32-bit seed for the draw that lives at this address.
 
     Args:
-        parts: what names the draw, e.g. ``(seed, epoch, index)`` or ``(seed, case, slice, variant)``.
+        parts: what names the draw: ``(seed, epoch, index)``, ``(seed, case, slice, variant)`` …
 
     Returns:
         An integer in [0, 2**32); equal parts give equal seeds on every machine.

@@ -1,8 +1,8 @@
 """Backbones: the autoencoder, UNet, ControlNet branch, text encoder, tokenizer and scheduler.
 
-Every backbone is a folder in the layout of diffusers, with one sub-folder a part. ``tiny`` is such a
-folder inside this package; a hub id is one on the Hugging Face hub; any local folder is taken as it
-is. So the tiny default and Stable Diffusion 1.5 differ in nothing but this name.
+Every backbone is a folder in the layout of diffusers, with one sub-folder a part. ``tiny`` is such
+a folder inside this package; a hub id is one on the Hugging Face hub; any local folder is taken as
+it is. So the tiny default and Stable Diffusion 1.5 differ in nothing but this name.
 """
 
 import hashlib
@@ -62,13 +62,13 @@ def resolve_backbone(backbone: str) -> str:
 
 
 def has_part(backbone: str, part: str) -> bool:
-    """Whether a backbone's folder brings this part; a hub id is taken to hold Stable Diffusion's."""
+    """Whether a backbone brings this part; a hub id is taken to hold Stable Diffusion's parts."""
     root = Path(resolve_backbone(backbone))
     return (root / part).is_dir() if root.is_dir() else part != "controlnet"
 
 
 def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMScheduler:
-    """One part of a backbone in float32 and, if it is a network, in evaluation mode without gradients.
+    """One part of a backbone; networks in float32, in evaluation mode and without gradients.
 
     Args:
         backbone: see :func:`resolve_backbone`.
@@ -153,5 +153,7 @@ def write_backbone(
     if lineage is not None:
         (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, sort_keys=True) + "\n")
     partial.rename(target)
-    logger.info("wrote backbone %s: %s", target, ", ".join(sorted(p.name for p in target.iterdir())))
+    logger.info(
+        "wrote backbone %s: %s", target, ", ".join(sorted(p.name for p in target.iterdir()))
+    )
     return target

@@ -159,4 +159,4 @@ def _fill(folder, data, backbone, image_size, jitter, num_copies, seed, device, 
 
 
 def _memory_map(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))

@@ -7,8 +7,16 @@ import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffboost.conditions.prompts import AUGMENTATION_PHRASES, RADIMAGENET_WORDS
+from diffboost.conditions.prompts import ABBREVIATIONS, augmentation_phrase
 from diffboost.generation.backbones import write_backbone
+
+# Words that prompts of RadImageNet and of the shipped tasks are made of.
+PROMPT_WORDS = (
+    "CT MR MRI US abdomen pelvis chest lung brain spine shoulder hip knee ankle foot thyroid "
+    "breast prostate spleen liver kidney hippocampus organ gland normal benign malignant lesion mass "
+    "cyst nodule tumor fracture tear edema hemorrhage infarct stone dilated fluid fibrosis arterial "
+    "pathology chondral post op central peripheral anterior posterior"
+)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_tokens: int) -> CLIPTokenizer:
@@ -57,9 +65,9 @@ def create_backbone(
         unet_channels: a width a level; all but the first level have cross-attention.
         unet_layers: residual blocks a level.
         attention_heads: heads of every attention of the UNet.
-        hint_channels: widths of the branch's edge encoder; its strides must reach the latent's side.
-        zero_convolution_std: spread of the branch's zero convolutions at the start; 0 is ControlNet's
-            own, a small value lets a UNet and its branch start together (``reference/prototype.md``).
+        hint_channels: widths of the branch's edge encoder, as many as the autoencoder's.
+        zero_convolution_std: spread of the branch's zero convolutions at the start; ControlNet has
+            0, a small value lets a UNet and its branch start together.
         text_width: width of text encoder and cross-attention.
         text_layers: layers of the text encoder.
         max_tokens: prompt length in tokens.
@@ -78,9 +86,8 @@ def create_backbone(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = train_tokenizer(
-            [*RADIMAGENET_WORDS, *AUGMENTATION_PHRASES], vocab_size, max_tokens
-        )
+        texts = [PROMPT_WORDS, *ABBREVIATIONS.values(), *map(augmentation_phrase, range(50))]
+        tokenizer = train_tokenizer(texts, vocab_size, max_tokens)
         parts = {
             "tokenizer": tokenizer,
             "text_encoder": _text_encoder(tokenizer, text_width, text_layers),

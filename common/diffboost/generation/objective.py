@@ -67,7 +67,9 @@ class ControlPrepareBatch(PrepareBatch):
 
     def __call__(self, batchdata, device=None, non_blocking=False, **kwargs):
         """(noisy latent, target, (), {timesteps, context, edge}) on ``device``."""
-        moved = {key: value.to(device, non_blocking=non_blocking) for key, value in batchdata.items()}
+        moved = {
+            key: value.to(device, non_blocking=non_blocking) for key, value in batchdata.items()
+        }
         latent, noise, timesteps = moved["latent"], moved["noise"], moved["timestep"]
         noisy = self.scheduler.add_noise(latent, noise, timesteps)
         target = noise

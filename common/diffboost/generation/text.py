@@ -38,9 +38,7 @@ def embed_prompts(
     return torch.cat(embeddings).clone()
 
 
-def mix_embeddings(
-    parts: Mapping[str, torch.Tensor], weights: Mapping[str, float]
-) -> torch.Tensor:
+def mix_embeddings(parts: Mapping[str, torch.Tensor], weights: Mapping[str, float]) -> torch.Tensor:
     """Weighted sum of embeddings, as the released code mixes them (facts 16).
 
     Args:

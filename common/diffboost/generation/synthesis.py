@@ -1,0 +1,297 @@
+"""Synthesis: training slices and augmentation phrases in, a synthetic store out."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from monai.engines import PrepareBatch
+from monai.transforms import Transform
+from PIL import Image, PngImagePlugin
+from torch.utils.data import Sampler
+
+from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
+from diffboost.data.slices import slice_items
+from diffboost.data.transforms import LoadSliced
+from diffboost.generation.backbones import load_part
+from diffboost.generation.networks import ControlledUNet
+from diffboost.generation.sampling import variant_noise
+from diffboost.generation.saving import file_sha256
+from diffboost.generation.text import embed_prompts, mix_embeddings
+from diffboost.handlers import is_main_process, write_aside
+
+logger = logging.getLogger(__name__)
+
+# The released code's fixed words of every mix (facts 16).
+STYLE_PROMPT = "gray, sketch"
+QUALITY_SUFFIX = ", best quality, extremely detailed"
+
+
+def read_generator(generator_dir: str) -> dict:
+    """Lineage of a generator and the hashes of its two files.
+
+    Args:
+        generator_dir: folder with ``model.pt`` and ``lineage.json``.
+
+    Raises:
+        FileNotFoundError: one of the two is missing.
+
+    Source: engineering choice.
+    """
+    folder = Path(generator_dir)
+    for name in ("model.pt", "lineage.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"generator_dir: {folder} has no {name}; task_finetune's output_dir gets both"
+            )
+    return {
+        **json.loads((folder / "lineage.json").read_text()),
+        "model_sha256": file_sha256(folder / "model.pt"),
+        "lineage_sha256": file_sha256(folder / "lineage.json"),
+    }
+
+
+def load_generator(generator_dir: str, backbone: str) -> ControlledUNet:
+    """The network of a finetuned generator, without gradients."""
+    train_base = read_generator(generator_dir)["train_base"]
+    network = ControlledUNet(backbone, train_base, str(Path(generator_dir) / "model.pt"))
+    return network.requires_grad_(False).eval()
+
+
+def variant_items(
+    store_dir: str,
+    generator_dir: str,
+    fold: int,
+    ratio: int,
+    seed: int,
+    min_foreground_px: int = 0,
+    **selection,
+) -> list[dict]:
+    """One item a variant to make: its source slice, its number, its phrase.
+
+    Args:
+        store_dir: the slice store.
+        generator_dir: its generator must come from this fold.
+        fold: whose training part (without the inner validation) is varied.
+        ratio: variants a slice; paper's augmentation ratio.
+        seed: with case, slice and variant the address of the noise.
+        min_foreground_px: slices with less foreground get no variants.
+        **selection: further arguments of :func:`diffboost.data.slices.slice_items`.
+
+    Raises:
+        ValueError: ``ratio`` is below 1, or the generator was finetuned on another fold.
+
+    Source: paper Sec. 3.4; variant i uses phrase i mod 50 (facts 17).
+    """
+    if ratio < 1:
+        raise ValueError(f"ratio: {ratio} is not 1 or more")
+    trained_fold = read_generator(generator_dir)["fold"]
+    if trained_fold is not None and trained_fold != fold:
+        raise ValueError(
+            f"fold: {fold}, but the generator in {generator_dir} was finetuned on fold "
+            f"{trained_fold}; it may have seen test cases of fold {fold}"
+        )
+    slices = slice_items(
+        store_dir, fold=fold, part="training", min_foreground_px=min_foreground_px, **selection
+    )
+    return [
+        {**item, "variant": variant, "phrase": augmentation_phrase(variant), "seed": seed}
+        for item in slices
+        for variant in range(ratio)
+    ]
+
+
+class VariantConditions(Transform):
+    """Noise, edge, prompt and negative prompt of one variant.
+
+    Args:
+        data: all items, whose texts are embedded at once.
+        backbone: brings text encoder and latent shape.
+        prompt_weights: weights of ``prompt``, ``phrase`` and ``style`` in the embedding's mix.
+        image_size: side in pixels.
+        device: where the text encoder runs.
+
+    Source: released code, ``segmentation_sample.py`` (facts 16, 17, 19).
+    """
+
+    def __init__(
+        self,
+        data: Sequence[dict],
+        backbone: str,
+        prompt_weights: Mapping[str, float],
+        image_size: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.prompt_weights = dict(prompt_weights)
+        config = load_part(backbone, "vae").config
+        side = image_size // 2 ** (len(config.block_out_channels) - 1)
+        self.latent_shape = (config.latent_channels, side, side)
+        self.load = LoadSliced(["edge"], image_size=image_size)
+        texts = {item["prompt"] + self._suffix() for item in data}
+        texts |= {item["phrase"] for item in data} | {STYLE_PROMPT, NEGATIVE_PROMPT}
+        texts = sorted(texts)
+        embeddings = embed_prompts(backbone, texts, device)
+        self.embedding = dict(zip(texts, embeddings, strict=True))
+
+    def _suffix(self) -> str:
+        """The released code's quality words belong to its style mix alone."""
+        return QUALITY_SUFFIX if self.prompt_weights.get("style", 0) > 0 else ""
+
+    def __call__(self, data: dict) -> dict:
+        """``image`` (noise, (C, h, w)), ``context``, ``negative_context``, ``edge`` (1, H, W)."""
+        parts = {
+            "prompt": self.embedding[data["prompt"] + self._suffix()],
+            "phrase": self.embedding[data["phrase"]],
+            "style": self.embedding[STYLE_PROMPT],
+        }
+        return {
+            "image": variant_noise(
+                data["seed"], data["case"], data["slice"], data["variant"], self.latent_shape
+            ),
+            "context": mix_embeddings(parts, self.prompt_weights),
+            "negative_context": self.embedding[NEGATIVE_PROMPT],
+            "edge": self.load({"edge": data["edge"]})["edge"],
+            "case": data["case"],
+            "slice": data["slice"],
+            "variant": data["variant"],
+        }
+
+
+class VariantPrepareBatch(PrepareBatch):
+    """Noise in, no target; prompt, negative prompt and edge go to the inferer."""
+
+    def __call__(self, batchdata, device=None, non_blocking=False, **kwargs):
+        """(noise, None, (), {context, negative_context, edge}) on ``device``."""
+        names = ("context", "negative_context", "edge")
+        moved = {k: batchdata[k].to(device, non_blocking=non_blocking) for k in ("image", *names)}
+        return moved["image"], None, (), {name: moved[name] for name in names}
+
+
+class ProcessShare(Sampler[int]):
+    """Indices of this process's variants: with torch.distributed every world-th one, once each.
+
+    Args:
+        data_source: the data set, for its length.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, data_source: Sized) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        rank = dist.get_rank() if distributed else 0
+        world = dist.get_world_size() if distributed else 1
+        self.indices = range(rank, len(data_source), world)
+
+    def __len__(self) -> int:
+        """Variants of this process."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        """Their indices, ascending."""
+        return iter(self.indices)
+
+
+def variant_file(case: str, slice_: int, variant: int) -> str:
+    """Path of a variant inside its store."""
+    return f"images/{case}_{slice_:04d}_{variant:03d}.png"
+
+
+class VariantWriter:
+    """Writes each variant as 16-bit PNG that says how it was made.
+
+    Args:
+        output_dir: the synthetic store.
+        facts: written into every PNG, beside case, slice, variant, prompt and phrase.
+
+    Source: engineering choice (design, "Synthetic store").
+    """
+
+    def __init__(self, output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
+        self.output_dir = Path(output_dir)
+        self.facts = facts
+        self.items = {(item["case"], item["slice"], item["variant"]): item for item in data}
+        (self.output_dir / "images").mkdir(parents=True, exist_ok=True)
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
+
+    def _write(self, engine: Engine) -> None:
+        batch, images = engine.state.batch, engine.state.output["pred"]
+        levels = ((images.float().cpu().numpy() + 1) / 2 * 65535 + 0.5).astype("uint16")
+        for i, image in enumerate(levels):
+            key = (batch["case"][i], int(batch["slice"][i]), int(batch["variant"][i]))
+            item = self.items[key]
+            text = PngImagePlugin.PngInfo()
+            names = ("case", "slice", "variant", "prompt", "phrase")
+            for name, value in {**{n: item[n] for n in names}, **self.facts}.items():
+                text.add_text(f"diffboost:{name}", str(value))
+            picture = Image.fromarray(image[0])
+            write_aside(
+                self.output_dir / variant_file(*key),
+                lambda path, p=picture, t=text: p.save(path, format="PNG", pnginfo=t),
+            )
+
+
+def variant_facts(
+    generator_dir: str,
+    backbone: str,
+    seed: int,
+    scheduler: str,
+    num_inference_steps: int,
+    guidance_scale: float,
+    control_scale: float,
+    prompt_weights: Mapping[str, float],
+) -> dict:
+    """What all variants of a run share, a column each in the manifest: generator, sampler, seed."""
+    generator = read_generator(generator_dir)
+    return {
+        "seed": seed,
+        "scheduler": scheduler,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "control_scale": control_scale,
+        "prompt_weights": json.dumps(dict(prompt_weights), sort_keys=True),
+        "backbone": backbone,
+        "model_sha256": generator["model_sha256"],
+        "lineage_sha256": generator["lineage_sha256"],
+    }
+
+
+def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
+    """Write ``manifest.parquet``, a row a variant, once every file is there.
+
+    Raises:
+        FileNotFoundError: a variant has no file.
+
+    Source: engineering choice (design, "Synthetic store").
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+    if not is_main_process():
+        return
+    rows = []
+    for item in data:
+        image = variant_file(item["case"], item["slice"], item["variant"])
+        if not (Path(output_dir) / image).is_file():
+            raise FileNotFoundError(f"output_dir: {output_dir} lacks {image}; run synthesis again")
+        rows.append(
+            {
+                "image": image,
+                **{name: item[name] for name in ("case", "slice", "variant", "label")},
+                "source_image": item["image"],
+                "edge": item["edge"],
+                **{name: item[name] for name in ("prompt", "phrase")},
+                "phrase_weight": json.loads(facts["prompt_weights"]).get("phrase", 0.0),
+                **facts,
+                "kept": True,
+                "reason": "",
+            }
+        )
+    manifest = pd.DataFrame(rows)
+    write_aside(Path(output_dir) / "manifest.parquet", manifest.to_parquet)
+    logger.info("%d variants in %s", len(rows), output_dir)
