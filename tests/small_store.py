@@ -1,4 +1,4 @@
-"""A slice store of a few seconds for tests: ellipsoids with two classes, and variants of its slices."""
+"""A slice store of a few seconds for tests: balls with two classes, and variants of its slices."""
 
 import json
 from pathlib import Path
@@ -6,109 +6,89 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from diffboost.data.slices import write_edge, write_image, write_label
 from diffboost.data.tasks import read_task
 from diffboost.data.transforms import case_preprocessing
 
-TASK = {
-    "name": "balls",
-    "layout": "decathlon",
-    "labels": {"shell": [1], "core": [2]},
-    "slice_axis": "axial",
-}
+LABELS = {"shell": [100], "core": [200]}
+VOLUMES = {"name": "balls", "layout": "decathlon", "labels": LABELS, "slice_axis": "axial"}
+IMAGES = {"name": "discs", "layout": "pairs", "labels": LABELS}
+# Array axes run to inferior, left, posterior; voxels are 0.8 x 0.9 x 3 mm.
+AFFINE = np.array([[0, -0.8, 0, 3], [0, 0, -0.9, 7], [-3, 0, 0, 1], [0, 0, 0, 1.0]])
 
 
-def write_case(image_path: Path, label_path: Path, seed: int) -> None:
-    """A noisy ball with a core in an anisotropic volume of oblique order (LPS, k first)."""
+def draw_ball(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A noisy image and its label (0, 100, 200) of a ball with a core."""
     generator = np.random.default_rng(seed)
-    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (5, 40, 36)), indexing="ij"))
-    center = generator.uniform(-0.2, 0.2, 3)[:, None, None, None]
-    radius = np.sqrt((((grid - center) * [[[[1.3]]], [[[1]]], [[[1.1]]]]) ** 2).sum(0))
-    label = (radius < 0.7).astype(np.uint8) + (radius < 0.35)
-    image = 100 * label + generator.normal(0, 10, label.shape)
-    affine = np.array([[0, -0.8, 0, 3], [0, 0, 0.9, -7], [-3, 0, 0, 1], [0, 0, 0, 1.0]])
-    for path, volume in ((image_path, image.astype(np.float32)), (label_path, label)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(volume, affine), path)
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    center = generator.uniform(-0.2, 0.2, (len(shape), *[1] * len(shape)))
+    radius = np.sqrt(((grid - center) ** 2).sum(0))
+    label = 100 * ((radius < 0.7).astype(np.uint8) + (radius < 0.35))
+    image = np.clip(label + generator.normal(20, 10, shape), 0, 255)
+    return image.astype(np.uint8), label.astype(np.uint8)
 
 
-def write_store(store_dir: Path, num_cases: int = 6, image_size: int = 32) -> Path:
-    """A slice store of 3 folds with its source volumes in `source/`."""
-    task = read_task(TASK)
+def write_case(source: Path, layout: str, case: str, seed: int) -> tuple[str, str]:
+    """Writes image and label of a case; returns their names relative to `source`."""
+    if layout == "pairs":
+        names = f"{case}.png", f"{case}_mask.png"
+        for name, pixels in zip(names, draw_ball((40, 52), seed), strict=True):
+            source.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(source / name)
+    else:
+        names = f"imagesTr/{case}.nii.gz", f"labelsTr/{case}.nii.gz"
+        for name, volume in zip(names, draw_ball((5, 40, 36), seed), strict=True):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(volume, AFFINE), source / name)
+    return names
+
+
+def write_store(store_dir: Path, num_cases: int = 6, layout: str = "decathlon") -> Path:
+    """A slice store of 3 folds at 32 px with its source in `source/`."""
+    task = read_task(VOLUMES if layout == "decathlon" else IMAGES)
+    preprocessing = case_preprocessing(task, 32, with_label=True)
+    for folder in ("images", "labels", "edges"):
+        (store_dir / folder).mkdir(parents=True)
     rows = []
     for number in range(num_cases):
         case = f"case_{number}"
-        image_path = store_dir / "source" / "imagesTr" / f"{case}.nii.gz"
-        label_path = store_dir / "source" / "labelsTr" / f"{case}.nii.gz"
-        write_case(image_path, label_path, seed=number)
-        preprocessing = case_preprocessing(task, image_size, with_label=True)
-        item = preprocessing({"image": str(image_path), "label": str(label_path)})
+        names = write_case(store_dir / "source", layout, case, seed=number)
+        paths = (str(store_dir / "source" / name) for name in names)
+        item = preprocessing(dict(zip(("image", "label"), paths, strict=True)))
         for index in range(item["image"].shape[-1]):
             name = f"{case}_{index:04d}.png"
-            for folder, writer, key in (
-                ("images", write_image, "image"),
-                ("labels", write_label, "label"),
-            ):
-                (store_dir / folder).mkdir(exist_ok=True)
-                writer(store_dir / folder / name, item[key][0, ..., index].numpy())
-            (store_dir / "edges").mkdir(exist_ok=True)
-            write_edge(store_dir / "edges" / name, np.zeros((image_size, image_size)))
-            rows.append(
-                {
-                    "case": case,
-                    "slice": index,
-                    "image": f"images/{name}",
-                    "label": f"labels/{name}",
-                    "edge": f"edges/{name}",
-                    "image_root": "store",
-                    "prompt": "MR, ball, ball",
-                    "section": "training",
-                    "fold": number % 3,
-                    "spacing_mm": [0.8, 0.9, 3.0],
-                    "original_shape": [5, 40, 36],
-                    "affine": np.eye(4).ravel().tolist(),
-                    "foreground_px": int((item["label"][..., index] > 0).sum()),
-                    "sha256": "",
-                    "source_image": f"imagesTr/{case}.nii.gz",
-                    "source_label": f"labelsTr/{case}.nii.gz",
-                }
-            )
+            label = item["label"][0, ..., index].numpy()
+            write_image(store_dir / "images" / name, item["image"][0, ..., index].numpy())
+            write_label(store_dir / "labels" / name, label)
+            write_edge(store_dir / "edges" / name, np.zeros((32, 32)))
+            row = {key: f"{key}s/{name}" for key in ("image", "label", "edge")}
+            row |= {"case": case, "slice": index, "image_root": "store", "prompt": "MR, ball, ball"}
+            row |= {"section": "training", "fold": number % 3, "foreground_px": (label > 0).sum()}
+            row |= {"source_image": names[0], "source_label": names[1], "sha256": ""}
+            rows.append(row | {"spacing_mm": [0.8, 0.9, 3.0] if layout == "decathlon" else [1.0] * 3})
     pd.DataFrame(rows).to_parquet(store_dir / "index.parquet")
     header = {
-        "name": "balls",
         "labels": {"0": "background", "1": "shell", "2": "core"},
         "task": task,
-        "preprocessing": {"image_size": image_size, "edges": "gradient"},
+        "preprocessing": {"image_size": 32},
         "source_dir": "source",
         "store_version": 1,
-        "num_folds": 3,
-        "seed": 0,
     }
     (store_dir / "dataset.json").write_text(json.dumps(header))
     return store_dir
 
 
 def write_variants(store_dir: Path, synthetic_dir: Path, ratio: int = 2) -> Path:
-    """A synthetic store: each slice of the store inverted and shifted a little, `ratio` times."""
-    index = pd.read_parquet(store_dir / "index.parquet")
-    image_size = json.loads((store_dir / "dataset.json").read_text())["preprocessing"]["image_size"]
+    """A synthetic store: flat gray images, darker by the number of the variant; all kept."""
     (synthetic_dir / "images").mkdir(parents=True)
     rows = []
-    for row in index.to_dict("records"):
+    for row in pd.read_parquet(store_dir / "index.parquet").to_dict("records"):
         for variant in range(ratio):
             name = f"images/{row['case']}_{row['slice']:04d}_{variant:03d}.png"
-            gray = np.full((image_size, image_size), variant / 10)
-            write_image(synthetic_dir / name, gray)
-            rows.append(
-                {
-                    "image": name,
-                    "case": row["case"],
-                    "slice": row["slice"],
-                    "variant": variant,
-                    "kept": True,
-                    "reason": "",
-                }
-            )
+            write_image(synthetic_dir / name, np.full((32, 32), -variant / 10))
+            place = {"image": name, "case": row["case"], "slice": row["slice"]}
+            rows.append(place | {"variant": variant, "kept": True, "reason": ""})
     pd.DataFrame(rows).to_parquet(synthetic_dir / "manifest.parquet")
     return synthetic_dir

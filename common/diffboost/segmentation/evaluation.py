@@ -18,7 +18,7 @@ from monai.metrics import (
     compute_hausdorff_distance,
     get_confusion_matrix,
 )
-from monai.transforms import Compose
+from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd
 
 from diffboost.data.slices import read_store, write_label
 from diffboost.data.tasks import read_task
@@ -161,6 +161,28 @@ def source_preprocessing(store_dir: str) -> Compose:
     load = case_preprocessing(task, image_size, with_label=True).transforms[:2]
     prepare = case_preprocessing(task, image_size, with_label=False).transforms[2:]
     return Compose([*load, MapLabelsd("label", task), *prepare])
+
+
+def source_labels(transform: Compose) -> Compose:
+    """Logits of a preprocessed case to class indices in the source's geometry.
+
+    Probabilities, not classes, are interpolated.
+
+    Args:
+        transform: what ``image`` went through.
+
+    Returns:
+        Transforms of ``pred``: (classes, S, S, D) logits to (1, ...) class index.
+
+    Source: facts 31
+    """
+    return Compose(
+        [
+            Activationsd("pred", softmax=True),
+            Invertd("pred", transform, orig_keys="image", nearest_interp=False),
+            AsDiscreted("pred", argmax=True),
+        ]
+    )
 
 
 class CaseWriter:
