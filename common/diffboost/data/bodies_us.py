@@ -22,7 +22,7 @@ def breast(canvas: Canvas, finding: str) -> None:
         canvas.blob(
             "bone", (near(0, 0.8), floor + near(0.25, 0.08)), (near(0.3, 0.1), 0.07), inside=muscle
         )
-    at, size = np.array([near(0, 0.5), near(-0.05, 0.35)]), near(0.22, 0.13)
+    at, size = np.array([near(0, 0.5), near(-0.05, 0.35)]), near(0.32, 0.17)
     kind = rng.choice(["mass", "oval", "cyst"]) if finding == "lesion" else finding
     if kind == "mass":  # irregular, spiculated, shadowing, with a bright halo
         canvas.blob("gland", at, (size * 1.25, size * 1.15), 0, 0.2, soft=0.2)

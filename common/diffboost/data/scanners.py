@@ -255,4 +255,4 @@ def us(rng: np.random.Generator, layers: list, fan: float = 0.0) -> np.ndarray:
     span = rng.uniform(38, 58)
     image = np.clip((level - np.percentile(level, rng.uniform(98, 99.8))) / span + 1, 0, 1)
     image = average_down(_fan(rng, image) if rng.random() < fan else image)
-    return image ** rng.uniform(0.9, 1.7)
+    return image ** rng.uniform(1.0, 2.2)
