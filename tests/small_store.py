@@ -67,7 +67,9 @@ def write_store(store_dir: Path, num_cases: int = 6, layout: str = "decathlon") 
             row |= {"case": case, "slice": index, "image_root": "store", "prompt": "MR, ball, ball"}
             row |= {"section": "training", "fold": number % 3, "foreground_px": (label > 0).sum()}
             row |= {"source_image": names[0], "source_label": names[1], "sha256": ""}
-            rows.append(row | {"spacing_mm": [0.8, 0.9, 3.0] if layout == "decathlon" else [1.0] * 3})
+            rows.append(
+                row | {"spacing_mm": [0.8, 0.9, 3.0] if layout == "decathlon" else [1.0] * 3}
+            )
     pd.DataFrame(rows).to_parquet(store_dir / "index.parquet")
     header = {
         "labels": {"0": "background", "1": "shell", "2": "core"},
