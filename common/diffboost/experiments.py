@@ -158,7 +158,8 @@ def _check_knobs(section: Mapping, config_file: str | Path, where: str) -> None:
     config = ConfigParser.load_config_file(config_file)
     refuse_unknown(section, [key for key in config if not key.startswith("+")], where)
     for key, value in section.items():
-        if isinstance(value, list | dict) and not isinstance(config[key], type(value)):
+        many = isinstance(value, list | dict) and not isinstance(config[key], type(value))
+        if many and not (isinstance(value, dict) and config[key] is None):
             raise ValueError(
                 f"{where}: {key}: {value!r}; one value is needed (ablations over a list of values "
                 "are not built yet)"

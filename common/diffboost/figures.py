@@ -2,11 +2,13 @@
 
 import base64
 import io
+import itertools
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, which the color-blind can tell apart; baseline is gray.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1")
@@ -29,9 +31,8 @@ def arm_colors(arms: list[str]) -> dict[str, str]:
 
     Source: engineering choice
     """
-    others = [arm for arm in arms if arm != "baseline"]
-    colors = {arm: COLORS[number % len(COLORS)] for number, arm in enumerate(others)}
-    return colors | {"baseline": BASELINE_COLOR}
+    colors = itertools.cycle(COLORS)
+    return {arm: BASELINE_COLOR if arm == "baseline" else next(colors) for arm in arms}
 
 
 def embed(figure: Figure, form: str = "svg", dpi: int = 130) -> str:
@@ -88,10 +89,11 @@ def generator_chart(log: pd.DataFrame) -> str:
     with rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.9))
         axes = figure.subplots()
-        for (fold, rows), color in zip(log.groupby("fold"), COLORS * 9, strict=False):
+        for (fold, rows), color in zip(log.groupby("fold"), itertools.cycle(COLORS), strict=False):
             axes.plot(rows["epoch"], rows["train_loss"], color=color, label=fold)
         axes.set_yscale("log")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("noise loss")
         axes.set_title("Generator, fine-tuning", loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)
@@ -120,6 +122,7 @@ def segmenter_chart(log: pd.DataFrame, colors: dict[str, str]) -> str:
             mean = rows.groupby("epoch")["val_dice"].mean()
             axes.plot(mean.index, mean, color=color, linewidth=2, label=arm)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("inner-validation Dice")
         axes.set_title("Segmenters", loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)

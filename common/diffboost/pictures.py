@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from monai.data import PILReader
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 
@@ -84,26 +83,14 @@ def predictions_picture(run_dir: Path, store: SliceStore, metrics: pd.DataFrame,
     chosen = chosen[chosen["seed"] == chosen["seed"].min()]
     ranked = chosen.groupby(["fold", "seed", "case"])["value"].mean().dropna().sort_values()
     places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
-    figure = Figure(figsize=(3 * 2.7, 2.9))
+    figure = Figure(figsize=(9.4, 3.4))
     for axes, (word, place) in zip(figure.subplots(1, 3), places.items(), strict=True):
         fold, seed, case = ranked.index[place]
         folder = result_dirs(run_dir)[arm, fold, seed]
         image, truth, prediction = load_case(store, int(fold), case, folder / "predictions")
         _show(axes, image, {TRUTH_COLOR: truth, PREDICTION_COLOR: prediction})
         axes.set_title(f"{word}: {case}\nDice {ranked.iloc[place]:.3f}", fontsize=9)
-    handles = [
-        Line2D([], [], color=TRUTH_COLOR, label="truth"),
-        Line2D([], [], color=PREDICTION_COLOR, label="prediction"),
-    ]
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        ncols=2,
-        fontsize=9,
-        facecolor="#444444",
-        labelcolor="white",
-        framealpha=1,
-    )
+    figure.subplots_adjust(wspace=0.03)
     return embed(figure, "png")
 
 

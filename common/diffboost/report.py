@@ -121,6 +121,7 @@ def render(
         colors=colors,
         by_label=dice_by_label(metrics, arms),
         differences=_chart_of_differences(summary, colors),
+        outline_colors={"truth": pictures.TRUTH_COLOR, "prediction": pictures.PREDICTION_COLOR},
         variants={path.parts[-2]: pictures.variants_picture(path) for path in synthetic_dirs[:1]},
         predictions={
             arm: pictures.predictions_picture(run_dir, store, metrics, arm) for arm in arms

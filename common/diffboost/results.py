@@ -12,7 +12,6 @@ import torch
 import yaml
 
 PACKAGES = ("diffboost", "torch", "monai", "diffusers", "transformers", "numpy", "snakemake")
-RESULT_GLOB = "fold*/*/seed*"
 COLUMNS = ["arm", "fold", "seed", "case", "label", "metric", "value"]
 
 
@@ -33,16 +32,19 @@ def read_experiment_as_run(run_dir: Path) -> dict:
 
 
 def result_dirs(run_dir: Path) -> dict[tuple[str, int, int], Path]:
-    """The folder of each trained segmenter by (arm, fold, seed).
+    """The folder of each segmenter that the study orders, by (arm, fold, seed).
+
+    Folders that an earlier version of the experiment left behind are not among them.
 
     Source: engineering choice
     """
-    found = {}
-    for path in sorted(run_dir.glob(RESULT_GLOB)):
-        fold, arm, seed = path.parts[-3:]
-        if seed.removeprefix("seed").isdigit():  # not a run that is still in `seed0.partial`
-            found[arm, int(fold.removeprefix("fold")), int(seed.removeprefix("seed"))] = path
-    return found
+    ordered = read_experiment_as_run(run_dir)
+    return {
+        (arm, fold, seed): run_dir / f"fold{fold}" / arm / f"seed{seed}"
+        for arm in ordered["arms"]
+        for fold in ordered["folds"]
+        for seed in ordered["seeds"]
+    }
 
 
 def read_metrics(run_dir: Path) -> pd.DataFrame:
@@ -53,15 +55,14 @@ def read_metrics(run_dir: Path) -> pd.DataFrame:
 
     Source: engineering choice
     """
+    text = {"case": str, "label": str}
     frames = [
-        pd.read_csv(path / "metrics.csv", dtype={"case": str, "label": str}).assign(
-            arm=arm, fold=fold, seed=seed
-        )
+        pd.read_csv(path / "metrics.csv", dtype=text).assign(arm=arm, fold=fold, seed=seed)
         for (arm, fold, seed), path in result_dirs(run_dir).items()
         if (path / "metrics.csv").is_file()
     ]
     if not frames:
-        raise FileNotFoundError(f"run_dir: {run_dir} has no metrics.csv under {RESULT_GLOB}")
+        raise FileNotFoundError(f"run_dir: {run_dir} has no fold*/ARM/seed*/metrics.csv yet")
     return pd.concat(frames, ignore_index=True)[COLUMNS]
 
 
