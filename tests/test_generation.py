@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import small_backbone
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
@@ -9,7 +10,6 @@ from PIL import Image
 from diffboost.data.addresses import AddressedDataset
 from diffboost.generation.backbones import load_part, resolve_backbone, write_backbone
 from diffboost.generation.cache import Jitterd, build_cache
-from diffboost.generation.creation import create_backbone
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.generation.objective import (
     AutoencoderLoss,
@@ -19,28 +19,11 @@ from diffboost.generation.objective import (
 from diffboost.generation.sampling import VariantInferer, load_scheduler, variant_noise
 from diffboost.generation.text import embed_prompts, mix_embeddings
 
-SMALL = {
-    "image_size": 32,
-    "autoencoder_channels": [8, 8, 8],
-    "autoencoder_layers": 1,
-    "latent_channels": 4,
-    "unet_channels": [16, 16],
-    "unet_layers": 1,
-    "attention_heads": 2,
-    "hint_channels": [8, 8, 8],
-    "text_width": 16,
-    "text_layers": 1,
-    "max_tokens": 12,
-    "vocab_size": 600,
-    "seed": 0,
-}
-
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     """A small untrained backbone whose zero convolutions are zero, as ControlNet's."""
-    folder = tmp_path_factory.mktemp("backbone") / "small"
-    return str(create_backbone(str(folder), zero_convolution_std=0.0, **SMALL))
+    return small_backbone.write_backbone(tmp_path_factory.mktemp("backbone") / "small")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +129,9 @@ def test_cache_keeps_moments_and_prompts(backbone, slices, tmp_path):
     pixels = np.asarray(Image.open(slices[1]["image"])).astype("float32") / 65535 * 2 - 1
     moments = autoencoder.encode(torch.from_numpy(pixels)[None, None])[0].detach().numpy()
     np.testing.assert_allclose(items[1]["moments"][0], moments, atol=5e-3)
-    np.testing.assert_array_equal(items[1]["edges"][0, 0], np.asarray(Image.open(slices[1]["edge"])))
+    np.testing.assert_array_equal(
+        items[1]["edges"][0, 0], np.asarray(Image.open(slices[1]["edge"]))
+    )
     contexts = embed_prompts(backbone, [slices[0]["prompt"], ""])
     np.testing.assert_allclose(items[0]["context"], contexts[0], atol=1e-5)
     np.testing.assert_allclose(items[2]["empty_context"], contexts[1], atol=1e-5)
@@ -173,7 +158,9 @@ def test_crop_factor_zooms_in_and_rotation_moves_both():
     zoomed = Jitterd(0, (0.5, 0.5))({"image": edge.clone(), "edge": edge})
     assert zoomed["edge"].mean() > 0.9  # the inner half fills the whole
     torch.testing.assert_close(torch.as_tensor(zoomed["edge"])[0, 4:28, 4:28], torch.ones(24, 24))
-    widened = Jitterd(0, (2.0, 2.0))({"image": torch.ones(1, 32, 32), "edge": torch.ones(1, 32, 32)})
+    widened = Jitterd(0, (2.0, 2.0))(
+        {"image": torch.ones(1, 32, 32), "edge": torch.ones(1, 32, 32)}
+    )
     assert widened["edge"][0, 0, 0] == 0 and widened["image"][0, 0, 0] == 1  # padded 0, mirrored
 
 

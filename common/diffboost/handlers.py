@@ -1,8 +1,10 @@
 """Ignite handlers and file writing that every training config shares."""
 
 import csv
+import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,3 +94,82 @@ class TrainingLog:
             writer = csv.DictWriter(file, fieldnames=list(self.rows[0]))
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def refuse_other_run(output_dir: str | Path, settings: Mapping) -> None:
+    """Refuse an output folder that holds a finished run of other settings.
+
+    Args:
+        output_dir: the folder.
+        settings: what the new run is; compared with the folder's ``run.json``.
+
+    Raises:
+        ValueError: the folder holds another run; the differing settings are named.
+
+    Source: engineering choice (design, "Failure").
+    """
+    record = Path(output_dir) / "run.json"
+    if not record.is_file():
+        return
+    found = json.loads(record.read_text(encoding="utf-8"))
+    names = ", ".join(
+        f"{key} {found.get(key)!r} instead of {value!r}"
+        for key, value in json.loads(json.dumps(dict(settings), default=str)).items()
+        if found.get(key) != value
+    )
+    if names:
+        raise ValueError(
+            f"output_dir: {output_dir} holds another run ({names}); "
+            "name another folder, or remove this one"
+        )
+
+
+def move_into_place(partial_dir: str | Path, output_dir: str | Path, settings: Mapping) -> None:
+    """Write ``run.json`` and move a finished run's files from its partial folder into place.
+
+    Args:
+        partial_dir: where the run wrote; it is gone afterwards.
+        output_dir: where the files belong; files of the same name are replaced.
+        settings: what the run is.
+
+    Source: engineering choice (design, "Failure").
+    """
+    if not is_main_process():
+        return
+    partial_dir, output_dir = Path(partial_dir), Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for path in sorted(partial_dir.iterdir()):
+        target = output_dir / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    partial_dir.rmdir()
+    text = json.dumps(dict(settings), indent=1, default=str) + "\n"
+    write_aside(output_dir / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+class MoveIntoPlace:
+    """Refuses another run's output folder at the start and moves a finished run there at the end.
+
+    Args:
+        partial_dir: where the other handlers write.
+        output_dir: where their files belong.
+        settings: what the run is, see :func:`refuse_other_run`.
+
+    Source: engineering choice (design, "Failure").
+    """
+
+    def __init__(self, partial_dir: str, output_dir: str, settings: Mapping) -> None:
+        self.partial_dir = partial_dir
+        self.output_dir = output_dir
+        self.settings = settings
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the trainer's start and end; stand last in the list of handlers."""
+        engine.add_event_handler(
+            Events.STARTED, lambda: refuse_other_run(self.output_dir, self.settings)
+        )
+        engine.add_event_handler(
+            Events.COMPLETED,
+            lambda: move_into_place(self.partial_dir, self.output_dir, self.settings),
+        )

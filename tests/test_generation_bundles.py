@@ -1,0 +1,303 @@
+"""The three generator bundles run end to end on a small phantom task."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_backbone
+import torch
+from monai.bundle import run
+from PIL import Image
+
+from diffboost.audit.fidelity import correlation
+from diffboost.prepare import prepare
+
+BUNDLES = Path(__file__).parents[1] / "bundles"
+PRETRAIN = BUNDLES / "radimagenet_controlnet_pretrain"
+FINETUNE = BUNDLES / "task_finetune"
+SYNTHESIS = BUNDLES / "diffboost_synthesis"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the slice store of a small task, and a backbone."""
+    folder = tmp_path_factory.mktemp("study")
+    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": 4}
+    prepare(
+        "phantoms",
+        folder / "store",
+        "phantom_organ",
+        32,
+        "gradient",
+        num_folds=2,
+        phantoms=phantoms,
+    )
+    small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
+    return folder
+
+
+def bundle_run(bundle: Path, configs: list[str], **knobs) -> None:
+    """One run in this process, as `python -m monai.bundle run` does it."""
+    files = [str(bundle / "configs" / f"{name}.yaml") for name in configs]
+    run(config_file=files, bundle_root=str(bundle), **knobs)
+
+
+def finetune(folder: Path, name: str, **knobs) -> Path:
+    """A generator after two epochs."""
+    settings = {
+        "store_dir": str(folder / "store"),
+        "backbone": str(folder / "backbone"),
+        "output_dir": str(folder / name),
+        "image_size": 32,
+        "epochs": 2,
+        "batch_size": 4,
+        "num_copies": 2,
+        "device": "cpu",
+    }
+    bundle_run(FINETUNE, ["train"], **(settings | knobs))
+    return folder / name
+
+
+def synthesize(folder: Path, generator: Path, name: str, **knobs) -> Path:
+    """Two variants of every training slice."""
+    settings = {
+        "store_dir": str(folder / "store"),
+        "backbone": str(folder / "backbone"),
+        "generator_dir": str(generator),
+        "output_dir": str(folder / name),
+        "image_size": 32,
+        "ratio": 2,
+        "num_inference_steps": 2,
+        "device": "cpu",
+    }
+    bundle_run(SYNTHESIS, ["inference"], **(settings | knobs))
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def generator(folder):
+    return finetune(folder, "generator")
+
+
+@pytest.fixture(scope="module")
+def synthetic(folder, generator):
+    return synthesize(folder, generator, "synthetic")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model.pt", weights_only=True)
+
+
+def test_finetune_writes_weights_lineage_and_log(folder, generator):
+    names = {path.name for path in generator.iterdir()}
+    assert names == {"model.pt", "lineage.json", "training_log.csv", "run.json"}
+    log = pd.read_csv(generator / "training_log.csv")
+    assert list(log.epoch) == [1, 2] and np.isfinite(log.train_loss).all()
+    lineage = json.loads((generator / "lineage.json").read_text())
+    header = json.loads((folder / "store" / "dataset.json").read_text())
+    assert lineage["fold"] == 0 and len(lineage["cases"]) == 3  # the fourth is inner validation
+    assert all(header["source_sha256"][case] == sha for case, sha in lineage["cases"].items())
+    assert not any(case.startswith("organ_test") for case in lineage["cases"])
+
+
+def test_only_the_branch_moves_where_the_base_is_frozen(folder, generator):
+    branch = weights(finetune(folder, "branch", train_base=False))
+    assert {name.split(".")[0] for name in branch} == {"controlnet"}
+    assert {name.split(".")[0] for name in weights(generator)} == {"controlnet", "unet"}
+
+
+def test_loader_workers_change_no_byte(folder, generator):
+    other = finetune(folder, "workers", num_workers=2)
+    assert (other / "model.pt").read_bytes() == (generator / "model.pt").read_bytes()
+
+
+def test_knobs_change_the_result(folder, generator):
+    reference = weights(generator)
+    for name, knobs in {
+        "seed": {"seed": 1},
+        "rate": {"learning_rate": 1.0e-3},
+        "prompt": {"empty_prompt": 1.0},
+        "jitter": {"rotation_degrees": 0.0},
+        "copies": {"num_copies": 3},
+        "ema": {"ema_decay": 0.1},
+    }.items():
+        changed = weights(finetune(folder, f"knob_{name}", **knobs))
+        assert any(not torch.equal(changed[key], reference[key]) for key in reference), name
+
+
+def test_another_run_is_not_overwritten(folder, generator):
+    with pytest.raises(Exception, match="holds another run .*epochs 2 instead of 3"):
+        finetune(folder, "generator", epochs=3)
+    assert json.loads((generator / "run.json").read_text())["epochs"] == 2
+
+
+def test_synthetic_store_is_whole(folder, synthetic):
+    manifest = pd.read_parquet(synthetic / "manifest.parquet")
+    assert len(manifest) == 3 * 4 * 2 and manifest.kept.all()
+    assert sorted(manifest.image) == sorted(
+        f"images/{path.name}" for path in (synthetic / "images").iterdir()
+    )
+    assert set(manifest.phrase) == {"higher contrast", "lower contrast"}
+    image = Image.open(synthetic / manifest.image[0])
+    assert np.asarray(image).shape == (32, 32) and np.asarray(image).dtype == np.uint16
+    assert image.text["diffboost:prompt"] == manifest.prompt[0]
+    assert image.text["diffboost:model_sha256"] == manifest.model_sha256[0]
+    assert (synthetic / "contact_sheet.png").stat().st_size > 1000
+    agreement = json.loads((synthetic / "edge_agreement.json").read_text())
+    assert agreement["n"] == 24 and -1 <= agreement["own"] <= 1 and agreement["edges"] == "gradient"
+    assert not (folder / "synthetic.partial").exists()
+
+
+def test_variants_depend_on_neither_batch_nor_ratio(folder, generator, synthetic):
+    more = synthesize(folder, generator, "more", ratio=3, batch_size=5)
+    for path in (synthetic / "images").iterdir():
+        first, second = (
+            np.asarray(Image.open(p)).astype(int) for p in (path, more / "images" / path.name)
+        )
+        assert abs(first - second).max() <= 32  # of 65535: sums in another order
+
+
+def test_sampling_knobs_change_the_variants(folder, generator, synthetic):
+    name = next((synthetic / "images").iterdir()).name
+    reference = np.asarray(Image.open(synthetic / "images" / name)).astype(int)
+    for knob, value in {
+        "seed": 1,
+        "scheduler": "ddim",
+        "num_inference_steps": 3,
+        "guidance_scale": 5.0,
+        "control_scale": 0.0,
+        "prompt_weights": {"prompt": 0.1, "phrase": 0.9},
+    }.items():
+        changed = synthesize(folder, generator, f"sampling_{knob}", **{knob: value})
+        image = np.asarray(Image.open(changed / "images" / name)).astype(int)
+        assert abs(image - reference).max() > 0, knob
+
+
+def test_paper_sampling_overlay(folder, generator):
+    files = [str(SYNTHESIS / "configs" / f"{n}.yaml") for n in ("inference", "paper_sampling")]
+    knobs = {"store_dir": str(folder / "store"), "backbone": str(folder / "backbone")}
+    knobs |= {"generator_dir": str(generator), "output_dir": str(folder / "paper")}
+    run(config_file=files, ratio=1, image_size=32, device="cpu", **knobs)
+    manifest = pd.read_parquet(folder / "paper" / "manifest.parquet")
+    assert manifest.scheduler[0] == "ddim" and manifest.num_inference_steps[0] == 20
+    assert manifest.guidance_scale[0] == 9.0 and manifest.phrase_weight[0] == 0.005
+
+
+def test_generator_of_another_fold_is_refused(folder, generator):
+    with pytest.raises(Exception, match="fold: 1, but the generator .* fold 0"):
+        synthesize(folder, generator, "leak", fold=1)
+    assert not (folder / "leak").exists()
+
+
+def test_missing_generator_says_who_writes_it(folder):
+    with pytest.raises(Exception, match="has no model.pt; task_finetune"):
+        synthesize(folder, folder / "nowhere", "nothing")
+
+
+def test_pretraining_from_nothing_to_a_backbone(folder):
+    tree = folder / "tree"
+    prepare(
+        "phantoms",
+        tree,
+        "radimagenet",
+        32,
+        "gradient",
+        num_folds=1,
+        phantoms={"num_images": 8, "image_size_px": 32},
+    )
+    common = {"store_dir": str(tree), "image_size": 32, "batch_size": 4, "device": "cpu"}
+    bundle_run(
+        PRETRAIN,
+        ["train_autoencoder"],
+        backbone=str(folder / "backbone"),
+        epochs=1,
+        output_dir=str(folder / "autoencoder"),
+        **common,
+    )
+    backbone = folder / "autoencoder" / "backbone"
+    bundle_run(
+        PRETRAIN,
+        ["train"],
+        backbone=str(backbone),
+        train_base=True,
+        epochs=1,
+        output_dir=str(folder / "pretrained"),
+        **common,
+    )
+    bundle_run(
+        PRETRAIN,
+        ["export"],
+        backbone=str(backbone),
+        output_dir=str(folder / "exported"),
+        generator_dir=str(folder / "pretrained"),
+    )
+    scale = json.loads((folder / "exported/vae/config.json").read_text())["scaling_factor"]
+    assert scale != 0.18215 and scale > 0
+    lineage = json.loads((folder / "exported/lineage.json").read_text())
+    assert len(lineage["cases"]) == 8 and len(lineage["ancestors"]) == 1
+    generator = finetune(folder, "next", backbone=str(folder / "exported"))
+    assert json.loads((generator / "lineage.json").read_text())["ancestors"] == [lineage]
+
+
+def torchrun(bundle: Path, configs: list[str], **knobs) -> None:
+    """Two processes on this machine, with a time limit: a deadlock is how this fails."""
+    files = [str(bundle / "configs" / f"{name}.yaml") for name in configs]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command += ["-m", "monai.bundle", "run", "--config_file", str(files)]
+    command += ["--bundle_root", str(bundle)]
+    for key, value in knobs.items():
+        command += [f"--{key}", str(value)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_two_processes_train_like_one(folder, generator):
+    torchrun(
+        FINETUNE,
+        ["train", "multi_gpu_train"],
+        store_dir=folder / "store",
+        backbone=folder / "backbone",
+        output_dir=folder / "ddp",
+        image_size=32,
+        epochs=2,
+        batch_size=2,
+        num_copies=2,
+        device="cpu",
+    )
+    reference, both = weights(generator), weights(folder / "ddp")
+    assert set(reference) == set(both)
+    for name, value in reference.items():
+        torch.testing.assert_close(both[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_make_each_variant_once(folder, generator, synthetic):
+    torchrun(
+        SYNTHESIS,
+        ["inference", "multi_gpu_inference"],
+        store_dir=folder / "store",
+        backbone=folder / "backbone",
+        generator_dir=generator,
+        output_dir=folder / "shared",
+        image_size=32,
+        ratio=2,
+        num_inference_steps=2,
+        device="cpu",
+    )
+    ours, theirs = (pd.read_parquet(d / "manifest.parquet") for d in (synthetic, folder / "shared"))
+    assert list(ours.image) == list(theirs.image)
+    for name in ours.image:
+        first, second = (
+            np.asarray(Image.open(d / name)).astype(int) for d in (synthetic, folder / "shared")
+        )
+        assert abs(first - second).max() <= 32
+
+
+def test_correlation_by_hand():
+    ramp = np.array([[0.0, 1.0], [2.0, 3.0]])
+    assert correlation(ramp, 2 * ramp + 1) == pytest.approx(1.0)
+    assert correlation(ramp, -ramp) == pytest.approx(-1.0)
+    assert np.isnan(correlation(ramp, np.ones((2, 2))))
