@@ -5,6 +5,10 @@ STAMP := .venv/installed
 CORES ?= 2
 TESTS ?= tests
 
+PRETRAIN := bundles/radimagenet_controlnet_pretrain
+WORK ?= runs/tiny_weights
+RUN = $(BIN)/python -m monai.bundle run --bundle_root $(PRETRAIN) --config_file $(PRETRAIN)/configs
+
 .PHONY: setup demo study test lint tiny_weights clean
 .DEFAULT_GOAL := demo
 
@@ -28,6 +32,13 @@ test: $(STAMP)  ## the whole suite
 lint: $(STAMP)  ## ruff, as pre-commit runs it
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+tiny_weights: $(STAMP)  ## pretrain the shipped backbone anew on phantoms (about an hour on two cores)
+	$(RUN)/prepare.yaml --store_dir $(WORK)/store
+	$(RUN)/create_backbone.yaml --output_dir $(WORK)/untrained
+	$(RUN)/train_autoencoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/untrained --output_dir $(WORK)/autoencoder
+	$(RUN)/train.yaml --store_dir $(WORK)/store --backbone $(WORK)/autoencoder/backbone --train_base True --output_dir $(WORK)/generator
+	$(RUN)/export.yaml --backbone $(WORK)/autoencoder/backbone --generator_dir $(WORK)/generator --output_dir $(WORK)/tiny
 
 clean:  ## what was built or run; the environment stays
 	rm -rf runs build dist .pytest_cache .ruff_cache common/*.egg-info
