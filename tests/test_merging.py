@@ -146,6 +146,8 @@ def test_variant_of_another_size_is_refused(store, tmp_path):
         ("mirror", {"synthetic_dir": "x"}, "arm 'mirror' takes no synthetic_dir, but .* is 'x'"),
         ("baseline", {"image_size": 64}, "image_size: 64 does not fit the store .* which has 32"),
         ("baseline", {"num_classes": 2}, "num_classes: 2 does not fit the store .* which has 3"),
+        ("baseline", {"size_divisor": 5}, "image_size: 32 is no multiple of 5"),
+        ("baseline", {"inner_fraction": 0}, "inner_fraction: 0 is not between 0 and 1"),
         ("baseline", {"min_foreground_px": 999}, "min_foreground_px 999"),
     ],
 )

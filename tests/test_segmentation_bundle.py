@@ -208,6 +208,16 @@ def test_misspelt_intensity_is_refused(tmp_path):
         read_inference(intensity="percentil").get_parsed_content("preprocessing")
 
 
+def test_inference_without_files_or_with_both_kinds_is_refused(folder, tmp_path):
+    settings = {"dataset_dir": str(tmp_path), "model_path": str(folder / "run" / "model.pt")}
+    for names in ([], ["a.png", "b.nii.gz"]):
+        for name in names:
+            (tmp_path / name).touch()
+        with pytest.raises(RuntimeError) as error:
+            run(INFERENCE, **settings)
+        assert "dataset_dir: .nii, .nii.gz files or .png" in str(error.value.__cause__)
+
+
 def test_inference_of_volumes_equals_evaluation(folder, tmp_path):
     run(
         INFERENCE,

@@ -21,6 +21,7 @@ def training_items(
     image_size: int,
     num_classes: int,
     synthetic_dir: str | None = None,
+    size_divisor: int = 1,
     min_foreground_px: int = 0,
     inner_fraction: float = 0.2,
     num_cases: int | None = None,
@@ -36,6 +37,7 @@ def training_items(
         image_size: side of the slices in pixels, as the store has them.
         num_classes: number of classes with background, as the store's task has them.
         synthetic_dir: synthetic store; needed by diffboost arms and refused in others.
+        size_divisor: the network needs slices of a multiple of this side.
         min_foreground_px: slices with fewer labeled pixels are left out (paper: 20).
         inner_fraction: part of the fold's training cases kept for inner validation.
         num_cases: train on this many cases only; all if None.
@@ -44,8 +46,8 @@ def training_items(
         Dictionaries of ``slice_items``, with ``variants`` (list of paths) in a diffboost arm.
 
     Raises:
-        ValueError: arm and synthetic_dir disagree, the store has another size or number of
-            classes, or training slices have no variant.
+        ValueError: arm and synthetic_dir disagree, image_size, num_classes or inner_fraction do
+            not fit, or training slices have no variant.
 
     Source: facts 23
     """
@@ -53,6 +55,12 @@ def training_items(
     if synthetic != (synthetic_dir is not None):
         need = "needs a synthetic_dir" if synthetic else "takes no synthetic_dir"
         raise ValueError(f"arm {arm!r} {need}, but synthetic_dir is {synthetic_dir!r}")
+    if image_size % size_divisor:
+        raise ValueError(
+            f"image_size: {image_size} is no multiple of {size_divisor}, the network's"
+        )
+    if not 0 < inner_fraction < 1:
+        raise ValueError(f"inner_fraction: {inner_fraction} is not between 0 and 1")
     check_store(store_dir, image_size, num_classes)
     items = slice_items(
         store_dir,
@@ -139,11 +147,12 @@ class MoveIntoPlace:
 
     def attach(self, engine: Engine) -> None:
         """Listens to the trainer's start and end."""
-        engine.add_event_handler(Events.STARTED, self._refuse_other_run)
+        engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(Events.COMPLETED, self._move)
 
-    def _refuse_other_run(self) -> None:
-        """Raises if the output folder holds another finished run."""
+    def _begin(self) -> None:
+        """Raises if the output folder holds another finished run; makes the partial folder."""
+        self.partial_dir.mkdir(parents=True, exist_ok=True)
         record = self.output_dir / "run.json"
         if not record.is_file() or not (self.output_dir / "model.pt").is_file():
             return
