@@ -98,6 +98,11 @@ def prepare(
     if _in_place(store_dir, wanted):
         return store_dir
     if not made:
+        if store_dir.is_relative_to(Path(dataset_dir).resolve()):
+            raise ValueError(
+                f"store_dir: {store_dir} lies inside dataset_dir, where the next run would take "
+                "its pictures for raw data; choose a folder outside"
+            )
         read_source(dataset_dir, task)  # a wrong folder is named before weights are fetched
     detector = load_edge_detector(
         edges, edge_weights, wanted["preprocessing"]["hed_size_px"], device
