@@ -27,7 +27,7 @@ study: $(STAMP)  ## any experiment file: make study EXPERIMENT=path/to/file.yaml
 	$(BIN)/diffboost study "$(EXPERIMENT)" --cores $(CORES) $(if $(DATASET_DIR),--dataset_dir "$(DATASET_DIR)")
 
 test: $(STAMP)  ## the whole suite
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
 
 lint: $(STAMP)  ## ruff, as pre-commit runs it
 	$(BIN)/ruff format --check .
@@ -40,5 +40,5 @@ tiny_weights: $(STAMP)  ## pretrain the shipped backbone anew on phantoms (about
 	$(RUN)/train.yaml --store_dir $(WORK)/store --backbone $(WORK)/autoencoder/backbone --train_base True --output_dir $(WORK)/generator
 	$(RUN)/export.yaml --backbone $(WORK)/autoencoder/backbone --generator_dir $(WORK)/generator --output_dir $(WORK)/tiny
 
-clean:  ## what was built or run; the environment stays
-	rm -rf runs build dist .pytest_cache .ruff_cache common/*.egg-info
+clean:  ## caches and builds; the environment and runs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache
