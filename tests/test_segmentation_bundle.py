@@ -277,3 +277,9 @@ def test_two_processes(folder):
     assert done.returncode == 0, done.stderr[-2000:]
     assert not any(name.startswith("module.") for name in weights(folder / "two"))
     assert len(pd.read_csv(folder / "two" / "training_log.csv")) == 2
+
+
+def test_epochs_without_validation_have_no_dice(folder):
+    train(folder, "interval", epochs=4, val_interval=2)
+    log = pd.read_csv(folder / "interval" / "training_log.csv")
+    assert log.val_dice.notna().tolist() == [False, True, False, True]

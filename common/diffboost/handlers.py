@@ -22,6 +22,12 @@ def is_main_process() -> bool:
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
+def wait_for_processes() -> None:
+    """Wait until every process of torch.distributed is here; nothing where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a file beside ``path``, then move it into place when whole.
 
@@ -80,8 +86,9 @@ class TrainingLog:
         loss = torch.stack(self.losses).mean().item()
         self.losses = []
         row = {"epoch": engine.state.epoch, "train_loss": round(loss, 6)}
+        validated = self.validator and self.validator.state.epoch == engine.state.epoch
         for name in self.names:
-            row[name] = self.validator.state.metrics.get(name, "") if self.validator else ""
+            row[name] = self.validator.state.metrics.get(name, "") if validated else ""
         row["seconds"] = round(time.monotonic() - self.start, 2)
         self.rows.append(row)
         if is_main_process():
@@ -166,10 +173,13 @@ class MoveIntoPlace:
 
     def attach(self, engine: Engine) -> None:
         """Listen to the trainer's start and end; stand last in the list of handlers."""
-        engine.add_event_handler(
-            Events.STARTED, lambda: refuse_other_run(self.output_dir, self.settings)
-        )
+        engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(
             Events.COMPLETED,
             lambda: move_into_place(self.partial_dir, self.output_dir, self.settings),
         )
+
+    def _begin(self) -> None:
+        """Refuses another run; makes the partial folder anew when an engine runs a second time."""
+        refuse_other_run(self.output_dir, self.settings)
+        Path(self.partial_dir).mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,9 @@
-"""Training beside the augmentation: the items of an arm, its batches, its output folder."""
+"""Training beside the augmentation: the items of an arm and its batches."""
 
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
-
-from ignite.engine import Engine, Events
 from monai.engines import PrepareBatchDefault, PrepareBatchExtraInput
 from monai.engines.utils import PrepareBatch
 
 from diffboost.data.slices import read_store, slice_items
-from diffboost.handlers import is_main_process
 from diffboost.segmentation.merging import split_arm, variants_by_slice
 
 
@@ -103,9 +96,8 @@ def check_store(store_dir: str, image_size: int, num_classes: int) -> None:
     }
     for key, value in {"image_size": image_size, "num_classes": num_classes}.items():
         if value != stored[key]:
-            where = Path(store_dir)
             raise ValueError(
-                f"{key}: {value} does not fit the store {where}, which has {stored[key]}"
+                f"{key}: {value} does not fit the store {store_dir}, which has {stored[key]}"
             )
 
 
@@ -121,59 +113,3 @@ def prepare_batch(arm: str) -> PrepareBatch:
     if synthetic:
         return PrepareBatchExtraInput({"synthetic": "synthetic", "merge_mask": "merge_mask"})
     return PrepareBatchDefault()
-
-
-class MoveIntoPlace:
-    """Moves a finished run's files from ``partial_dir`` into ``output_dir``, and writes run.json.
-
-    While training, everything is written into ``partial_dir``; a model.pt in ``output_dir`` is
-    thus always that of a finished run.
-
-    Args:
-        partial_dir: where the other handlers write model.pt and training_log.csv.
-        output_dir: where they belong.
-        settings: what the run is, for run.json; a finished run of other settings is not replaced.
-
-    Raises:
-        ValueError: at the start, if output_dir holds a finished run of other settings.
-
-    Source: engineering choice (design, "Failure")
-    """
-
-    def __init__(self, partial_dir: str, output_dir: str, settings: Mapping) -> None:
-        self.partial_dir = Path(partial_dir)
-        self.output_dir = Path(output_dir)
-        self.settings = dict(settings)
-
-    def attach(self, engine: Engine) -> None:
-        """Listens to the trainer's start and end."""
-        engine.add_event_handler(Events.STARTED, self._begin)
-        engine.add_event_handler(Events.COMPLETED, self._move)
-
-    def _begin(self) -> None:
-        """Raises if the output folder holds another finished run; makes the partial folder."""
-        self.partial_dir.mkdir(parents=True, exist_ok=True)
-        record = self.output_dir / "run.json"
-        if not record.is_file() or not (self.output_dir / "model.pt").is_file():
-            return
-        found = json.loads(record.read_text(encoding="utf-8"))
-        differing = [key for key in self.settings if found.get(key) != self.settings[key]]
-        if differing:
-            names = ", ".join(
-                f"{key} {found.get(key)!r} instead of {self.settings[key]!r}" for key in differing
-            )
-            raise ValueError(
-                f"output_dir: {self.output_dir} holds another run ({names}); "
-                "name another folder, or remove its model.pt"
-            )
-
-    def _move(self) -> None:
-        """Moves every file of the partial folder and removes it; on the first process only."""
-        if not is_main_process():
-            return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.settings, indent=2)
-        (self.partial_dir / "run.json").write_text(text, encoding="utf-8")
-        for path in sorted(self.partial_dir.iterdir()):
-            os.replace(path, self.output_dir / path.name)
-        self.partial_dir.rmdir()
