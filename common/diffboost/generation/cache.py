@@ -21,6 +21,7 @@ from diffboost.data.transforms import LoadSliced
 from diffboost.generation.backbones import backbone_sha256, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
+from diffboost.handlers import is_main_process, wait_for_processes
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +95,13 @@ def build_cache(
     if (jitter is None) != (num_copies == 1):
         raise ValueError(f"num_copies: {num_copies} with jitter {jitter}; 1 means no jitter")
     folder = Path(cache_dir) / _cache_key(data, backbone, image_size, jitter, num_copies, seed)
-    if not folder.is_dir():
+    if is_main_process() and not folder.is_dir():
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _fill(partial, data, backbone, image_size, jitter, num_copies, seed, device, batch_size)
         partial.rename(folder)
+    wait_for_processes()
     moments = np.load(folder / "moments.npy", mmap_mode="r")
     edges = np.load(folder / "edges.npy", mmap_mode="r")
     contexts = np.load(folder / "contexts.npy", mmap_mode="r")

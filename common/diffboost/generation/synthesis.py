@@ -22,7 +22,7 @@ from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.sampling import variant_noise
 from diffboost.generation.saving import file_sha256
 from diffboost.generation.text import embed_prompts, mix_embeddings
-from diffboost.handlers import is_main_process, write_aside
+from diffboost.handlers import is_main_process, wait_for_processes, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -270,8 +270,7 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
 
     Source: engineering choice (design, "Synthetic store").
     """
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    wait_for_processes()
     if not is_main_process():
         return
     rows = []
