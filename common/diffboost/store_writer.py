@@ -28,7 +28,7 @@ from diffboost.data.splits import assign_folds
 
 logger = logging.getLogger(__name__)
 
-EDGE_BATCH = 16  # slices; HED's memory grows with it, its speed on a CPU does not
+EDGE_BATCH = 8  # slices; more only take more memory on a CPU
 SHOWN_REASONS = 5
 
 
