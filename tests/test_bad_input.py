@@ -220,7 +220,7 @@ def test_wrong_sizes_and_phantoms_are_named(tmp_path, scans):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"modalty": "MR"}, "unknown key 'modalty'; did you mean 'modality'"),
+        ({"modalty": "MR"}, r"unknown key 'modalty' \('MR'\); did you mean 'modality'"),
         ({"layout": "decatlon"}, "layout 'decatlon'; did you mean 'decathlon'"),
         ({"slice_axis": "axal"}, "slice_axis 'axal'; did you mean 'axial'"),
         ({"name": ""}, "the key 'name' is missing"),

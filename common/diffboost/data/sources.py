@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffboost.data.tasks import nearest
+from diffboost.knobs import nearest
 
 logger = logging.getLogger(__name__)
 

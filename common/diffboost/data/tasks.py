@@ -1,11 +1,12 @@
 """Task files: what a data set is (modality, organ, channel, label map, intensity, slices)."""
 
 import copy
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
+
+from diffboost.knobs import nearest, refuse_unknown
 
 TASKS_DIR = Path(__file__).parent / "tasks"
 LAYOUTS = ("decathlon", "pairs", "radimagenet")
@@ -29,24 +30,6 @@ DEFAULTS = {
     "include": None,
 }
 REQUIRED = ("name", "layout")
-
-
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A clause for error messages: the nearest allowed name, and all of them.
-
-    Args:
-        name: what was given.
-        allowed: what could have been given.
-
-    Returns:
-        ``"did you mean 'x'? allowed: x, y"``, without the question if nothing is near.
-
-    Source: engineering choice.
-    """
-    allowed = sorted(str(word) for word in allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
-    question = f"did you mean '{near[0]}'? " if near else ""
-    return f"{question}allowed: {', '.join(allowed)}"
 
 
 def task_names() -> list[str]:
@@ -92,10 +75,7 @@ def read_task(task: str | Path | Mapping) -> dict:
         origin = f"task file {path}"
     if not isinstance(given, dict):
         raise ValueError(f"{origin}: a mapping of keys is needed, got {type(given).__name__}")
-    allowed = (*REQUIRED, *DEFAULTS)
-    for key in given:
-        if key not in allowed:
-            raise ValueError(f"{origin}: unknown key '{key}'; {nearest(key, allowed)}")
+    refuse_unknown(given, (*REQUIRED, *DEFAULTS), origin)
     for key in REQUIRED:
         if not given.get(key):
             raise ValueError(f"{origin}: the key '{key}' is missing")
