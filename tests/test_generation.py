@@ -18,6 +18,7 @@ from diffboost.generation.objective import (
 )
 from diffboost.generation.sampling import VariantInferer, load_scheduler, variant_noise
 from diffboost.generation.text import embed_prompts, mix_embeddings
+from diffboost.precision import AutocastInferer
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,12 @@ def test_noise_has_an_address_of_its_own():
     assert torch.equal(first, variant_noise(0, "a", 1, 2, (4, 8, 8)))
     for other in [(1, "a", 1, 2), (0, "b", 1, 2), (0, "a", 2, 2), (0, "a", 1, 3)]:
         assert not torch.equal(first, variant_noise(*other, (4, 8, 8)))
+
+
+def test_autocast_runs_in_bfloat16_and_gives_float32():
+    network, image = torch.nn.Linear(64, 64), torch.randn(4, 64)
+    plain = AutocastInferer(amp=False)(image, network)
+    torch.testing.assert_close(plain, network(image))
+    rounded = AutocastInferer(amp=True)(image, network)
+    assert rounded.dtype == torch.float32 and not torch.equal(rounded, plain)
+    torch.testing.assert_close(rounded, plain, atol=0.05, rtol=0.05)

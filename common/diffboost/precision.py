@@ -1,38 +1,27 @@
 """Mixed precision on any device: MONAI's own ``amp`` is for CUDA alone."""
 
 import torch
-from monai.inferers import Inferer, SimpleInferer
+from monai.inferers import SimpleInferer
 from torch import nn
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
-
-class AutocastInferer(Inferer):
-    """Runs a network, or another inferer, under autocast and gives float32 back.
+class AutocastInferer(SimpleInferer):
+    """Runs a network in bfloat16 where that is asked for, and gives float32 back.
 
     Args:
-        precision: fp32 (no autocast) or bf16; bf16 needs no loss scaling.
-        inferer: how the network is run; None calls it with the inputs.
-
-    Raises:
-        ValueError: ``precision`` is neither.
+        amp: autocast to bfloat16, which needs no loss scaling.
 
     Source: engineering choice.
     """
 
-    def __init__(self, precision: str = "fp32", inferer: Inferer | None = None) -> None:
+    def __init__(self, amp: bool = False) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: {precision!r} is not one of {sorted(PRECISIONS)}")
-        self.dtype = PRECISIONS[precision]
-        self.inferer = SimpleInferer() if inferer is None else inferer
+        self.amp = amp
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs):
-        """What the network gives, each tensor in float32."""
-        if self.dtype is None:
-            return self.inferer(inputs, network, *args, **kwargs)
-        with torch.autocast(inputs.device.type, dtype=self.dtype):
-            output = self.inferer(inputs, network, *args, **kwargs)
+        """What the network gives, a tensor or a tuple of tensors, in float32."""
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            output = super().__call__(inputs, network, *args, **kwargs)
         if isinstance(output, tuple):
             return tuple(part.float() for part in output)
         return output.float()
