@@ -148,12 +148,21 @@ def write_backbone(
             if half and isinstance(part, nn.Module):
                 part = part.half()
             part.save_pretrained(partial / name)
+            _forget_path(partial / name / "config.json")
         elif base is not None and has_part(base, name):
             shutil.copytree(Path(resolve_backbone(base)) / name, partial / name)
     if lineage is not None:
-        (partial / "lineage.json").write_text(json.dumps(lineage, indent=1, sort_keys=True) + "\n")
+        (partial / "lineage.json").write_text(json.dumps(lineage, sort_keys=True) + "\n")
     partial.rename(target)
     logger.info(
         "wrote backbone %s: %s", target, ", ".join(sorted(p.name for p in target.iterdir()))
     )
     return target
+
+
+def _forget_path(config: Path) -> None:
+    """Drop the path of the machine where a part was loaded from; diffusers keeps it."""
+    if config.is_file():
+        content = json.loads(config.read_text())
+        content.pop("_name_or_path", None)
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -13,9 +13,9 @@ from diffboost.generation.backbones import write_backbone
 # Words that prompts of RadImageNet and of the shipped tasks are made of.
 PROMPT_WORDS = (
     "CT MR MRI US abdomen pelvis chest lung brain spine shoulder hip knee ankle foot thyroid "
-    "breast prostate spleen liver kidney hippocampus organ gland normal benign malignant lesion mass "
-    "cyst nodule tumor fracture tear edema hemorrhage infarct stone dilated fluid fibrosis arterial "
-    "pathology chondral post op central peripheral anterior posterior"
+    "breast prostate spleen liver kidney hippocampus organ gland normal benign malignant "
+    "lesion mass cyst nodule tumor fracture tear edema hemorrhage infarct stone dilated fluid "
+    "fibrosis arterial pathology chondral post op central peripheral anterior posterior"
 )
 
 

@@ -12,7 +12,12 @@ from torch import nn
 from tqdm import tqdm
 
 from diffboost.data.slices import read_store
-from diffboost.generation.backbones import backbone_sha256, load_part, write_backbone
+from diffboost.generation.backbones import (
+    backbone_sha256,
+    load_part,
+    resolve_backbone,
+    write_backbone,
+)
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.handlers import is_main_process, save_weights, write_aside
 
@@ -46,7 +51,7 @@ def trace_lineage(
     """
     header = read_store(store_dir).header
     cases = sorted({item["case"] for item in data})
-    ancestors = [Path(backbone) / "lineage.json"]
+    ancestors = [Path(resolve_backbone(backbone)) / "lineage.json"]
     if weights is not None:
         ancestors.append(Path(weights).with_name("lineage.json"))
     return {
@@ -55,7 +60,7 @@ def trace_lineage(
         "fold": fold,
         "seed": seed,
         "cases": {case: header["source_sha256"][case] for case in cases},
-        "backbone": backbone,
+        "backbone": Path(backbone).name if Path(backbone).is_dir() else backbone,
         "backbone_sha256": backbone_sha256(backbone),
         "train_base": train_base,
         "ancestors": [json.loads(path.read_text()) for path in ancestors if path.is_file()],
