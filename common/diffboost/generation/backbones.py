@@ -12,7 +12,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -83,8 +82,7 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
     if part not in PARTS:
         raise ValueError(f"part: {part!r} is not one of {sorted(PARTS)}")
     root = resolve_backbone(backbone)
-    options = {"torch_dtype": torch.float32, "use_safetensors": True}
-    options = options if part in ("vae", "unet", "controlnet") else {}
+    options = {"use_safetensors": True} if issubclass(PARTS[part], nn.Module) else {}
     try:
         loaded = PARTS[part].from_pretrained(root, subfolder=part, **options)
     except OSError as error:
