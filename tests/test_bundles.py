@@ -276,6 +276,7 @@ def test_the_workflow_sets_knobs_that_exist(tmp_path):
     assert len(commands) == 3 + 2 * 9, output  # prepare, finetune, synthesize; 9 segmenters
     for words in commands:
         check_flags(words, [REPOSITORY], "Snakefile")
+        assert words[words.index("--image_size") + 1] == "64", words  # every stage hears of it
 
 
 def test_a_wrong_flag_is_found():
