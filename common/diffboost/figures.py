@@ -90,7 +90,7 @@ def generator_chart(log: pd.DataFrame) -> str:
         figure = Figure(figsize=(4.6, 2.9))
         axes = figure.subplots()
         for (fold, rows), color in zip(log.groupby("fold"), itertools.cycle(COLORS), strict=False):
-            axes.plot(rows["epoch"], rows["train_loss"], color=color, label=fold)
+            axes.plot(rows["epoch"], rows["train_loss"], ".-", color=color, label=fold)
         axes.set_yscale("log")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

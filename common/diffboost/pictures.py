@@ -31,12 +31,13 @@ def variants_picture(synthetic_dir: Path, num_slices: int = 4, num_variants: int
     Args:
         synthetic_dir: a synthetic store.
         num_slices: rows, spread over the cases, each the slice with the largest label of its case.
-        num_variants: variants a row.
+        num_variants: variants a row, at most.
 
     Source: engineering choice
     """
     manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
     manifest = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
+    num_variants = min(num_variants, int(manifest.groupby(["case", "slice"]).size().max()))
     load = LoadSliced(["image", "edge", "label"])
     rows = []
     cases = manifest["case"].unique()
