@@ -74,7 +74,11 @@ def run_dir(tmp_path_factory):
             write_results(run_dir, arm, seed)
     write_results(run_dir, "baseline", 2)  # of an earlier order: not in the experiment file
     (run_dir / "benchmarks").mkdir()
-    for name, time, memory in (("prepare", 3.5, 100), ("train.a", 60, 900), ("train.b", 62, "-")):
+    for name, time, memory in (
+        ("prepare", 3.5, 100),
+        ("evaluate.a", 60, 900),
+        ("evaluate.b", 62, "-"),
+    ):
         text = f"s\th:m:s\tmax_rss\n{time}\t0:00:03\t{memory}\n"
         (run_dir / "benchmarks" / f"{name}.tsv").write_text(text)
     experiment = {"name": "small <b>", "protocol": "sound", "task": "balls", "arms": ARMS}
@@ -135,8 +139,8 @@ def test_the_summary_has_the_form_that_machines_read(run_dir):
     assert difference["dice"]["ci95"] == pytest.approx([0.1, 0.1])
     assert difference["hd95_mm"]["mean"] == pytest.approx(-1)
     assert summary["dice_by_seed"]["diffboost"] == pytest.approx({"0": 0.7, "1": 0.71})
-    assert summary["seconds"] == {"prepare": 3.5, "train": 122.0}
-    assert summary["memory_mib"] == {"prepare": 100.0, "train": 900.0}
+    assert summary["seconds"] == {"prepare": 3.5, "evaluate": 122.0}
+    assert summary["memory_mib"] == {"prepare": 100.0, "evaluate": 900.0}
     assert summary["edge_agreement"] == {"own": 0.8, "other": 0.2, "n": 10}
     assert summary["empty"]["baseline"] == {"empty_prediction": 0, "empty_truth": 0}
     assert summary["versions"]["torch"] and summary["machine"]["cores"] >= 1

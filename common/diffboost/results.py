@@ -12,6 +12,7 @@ import torch
 import yaml
 
 PACKAGES = ("diffboost", "torch", "monai", "diffusers", "transformers", "numpy", "snakemake")
+STAGES = ("prepare", "finetune", "synthesize", "train_segmentation", "evaluate")
 COLUMNS = ["arm", "fold", "seed", "case", "label", "metric", "value"]
 
 
@@ -76,16 +77,17 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
     Source: engineering choice
     """
     rows = []
-    for path in sorted((run_dir / "benchmarks").glob("*.tsv"), key=lambda p: p.stat().st_mtime):
+    for path in sorted((run_dir / "benchmarks").glob("*.tsv")):
         table = pd.read_csv(path, sep="\t", na_values="-")
         stage = path.name.split(".")[0]
         rows.append(
             {"stage": stage, "seconds": table["s"].iloc[-1], "rss": table["max_rss"].iloc[-1]}
         )
-    costs = pd.DataFrame(rows, columns=["stage", "seconds", "rss"]).groupby("stage", sort=False)
-    return costs.agg(
+    costs = pd.DataFrame(rows, columns=["stage", "seconds", "rss"]).groupby("stage")
+    costs = costs.agg(
         jobs=("seconds", "size"), seconds=("seconds", "sum"), memory_mib=("rss", "max")
     )
+    return costs.reindex([stage for stage in STAGES if stage in costs.index])
 
 
 def read_edge_agreement(run_dir: Path) -> dict | None:
