@@ -81,7 +81,7 @@ def test_other_processes_are_left_alone(monkeypatch):
 def test_a_real_run_stops_before_its_first_step(config):
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", config]
     done = subprocess.run(
-        [*command, "--lerning_rate", "4"], capture_output=True, text=True, timeout=120
+        [*command, "--lerning_rate", "4"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1
     assert "did you mean 'learning_rate'?" in done.stderr
