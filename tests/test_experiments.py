@@ -10,7 +10,13 @@ import yaml
 from diffboost.experiments import bundle_run, read_experiment, task_path
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = {"epochs": 3, "learning_rate": 1.0e-3, "prompt_weights": {"style": 0.0}, "merge": "logits"}
+CONFIG = {
+    "epochs": 3,
+    "inner_fraction": 0.2,
+    "learning_rate": 1.0e-3,
+    "prompt_weights": {"style": 0.0},
+    "merge": "logits",
+}
 GOOD = {"name": "x", "task": "phantom_organ", "dataset_dir": "phantoms", "arms": ["baseline"]}
 
 
@@ -55,6 +61,7 @@ def test_defaults_are_filled_in(read):
         ({"segmentation": {"learning_rate": "1e-5"}}, "a number is needed (1.0e-5, not 1e-5)"),
         ({"segmentation": {"merge": {"a": 1}}}, "merge: {'a': 1}; one value is needed"),
         ({"synthesis": 8}, "synthesis: 8; `key: value` lines"),
+        ({"segmentation": {"inner_fraction": 0.3}}, "need the same, or the generator sees cases"),
     ],
 )
 def test_what_is_wrong_is_named(read, changes, message):

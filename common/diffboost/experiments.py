@@ -87,6 +87,7 @@ def read_experiment(path: str | Path, config_files: Mapping[str, str | Path]) ->
     _check_values(experiment, path)
     for section, config_file in config_files.items():
         _check_knobs(getattr(experiment, section), config_file, f"{path}: {section}")
+    _check_inner_fraction(experiment, path)
     return experiment
 
 
@@ -123,6 +124,17 @@ def bundle_run(config_files: list[str | Path], settings: Mapping, knobs: Mapping
     for key, value in (settings | dict(knobs)).items():
         words += [f"--{key}", str(value) if isinstance(value, str | Path) else repr(value)]
     return shlex.join(words)
+
+
+def _check_inner_fraction(experiment: Experiment, path: Path) -> None:
+    """Raises ValueError if the generator would see cases on which a segmenter is selected."""
+    sections = ("finetune", "synthesis", "segmentation")
+    fractions = {name: getattr(experiment, name).get("inner_fraction") for name in sections}
+    if len(set(fractions.values())) > 1:
+        raise ValueError(
+            f"{path}: inner_fraction: {fractions}; {', '.join(sections)} need the same, or the "
+            "generator sees cases on which a segmenter is selected"
+        )
 
 
 def _check_values(experiment: Experiment, path: Path) -> None:
