@@ -284,8 +284,18 @@ def test_two_processes_train_like_one(folder, generator):
     )
     reference, both = weights(generator), weights(folder / "ddp")
     assert set(reference) == set(both)
-    for name, value in reference.items():
-        torch.testing.assert_close(both[name], value, atol=1e-5, rtol=1e-4)
+    other = weights(finetune(folder, "other_seed", seed=1))
+
+    def distance(found: dict) -> float:
+        pairs = [(found[name] - value).abs().flatten() for name, value in reference.items()]
+        return torch.cat(pairs).mean().item()
+
+    # sums in another order, which Adam enlarges where a gradient is nearly zero; a wrong share of
+    # the data would be as far off as another seed
+    assert distance(both) < 1e-6 and distance(both) < distance(other) / 100, (
+        distance(both),
+        distance(other),
+    )
 
 
 def test_two_processes_make_each_variant_once(folder, generator, synthetic):
