@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffboost.data.splits import select
 
@@ -80,17 +81,23 @@ def read_store(store_dir: str | Path) -> SliceStore:
     return SliceStore(store_dir, header, pd.read_parquet(index_path))
 
 
-def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Writes a slice as 16-bit gray PNG: round((x + 1) / 2 * 65535), no metadata.
+def write_image(
+    path: str | Path, image: np.ndarray, text: Mapping[str, object] | None = None
+) -> None:
+    """Writes a slice as 16-bit gray PNG: round((x + 1) / 2 * 65535), no metadata but ``text``.
 
     Args:
         path: file to write.
         image: float (H, W) in [-1, 1].
+        text: names and values to write into the PNG; None writes none.
 
     Source: engineering choice (design, "Slice store").
     """
     levels = np.round((np.clip(image, -1, 1).astype(np.float64) + 1) / 2 * 65535)
-    Image.fromarray(levels.astype(np.uint16)).save(path)
+    chunks = PngInfo()
+    for name, value in (text or {}).items():
+        chunks.add_text(name, str(value))
+    Image.fromarray(levels.astype(np.uint16)).save(path, format="PNG", pnginfo=chunks)
 
 
 def write_label(path: str | Path, label: np.ndarray) -> None:

@@ -1,6 +1,5 @@
 """Averaged weights, ``model.pt`` and the lineage beside it."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,6 @@ from diffboost.generation.backbones import (
 )
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.handlers import is_main_process, save_weights, write_aside
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def trace_lineage(

@@ -1,5 +1,6 @@
 """Synthesis: training slices and augmentation phrases in, a synthetic store out."""
 
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -11,16 +12,14 @@ import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import PrepareBatch
 from monai.transforms import Transform
-from PIL import Image, PngImagePlugin
 from torch.utils.data import Sampler
 
 from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
-from diffboost.data.slices import slice_items
+from diffboost.data.slices import sha256_of_files, slice_items, write_image
 from diffboost.data.transforms import LoadSliced
 from diffboost.generation.backbones import load_part
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.sampling import variant_noise
-from diffboost.generation.saving import file_sha256
 from diffboost.generation.text import embed_prompts, mix_embeddings
 from diffboost.handlers import is_main_process, wait_for_processes, write_aside
 
@@ -50,8 +49,8 @@ def read_generator(generator_dir: str) -> dict:
             )
     return {
         **json.loads((folder / "lineage.json").read_text()),
-        "model_sha256": file_sha256(folder / "model.pt"),
-        "lineage_sha256": file_sha256(folder / "lineage.json"),
+        "model_sha256": sha256_of_files([folder / "model.pt"]),
+        "lineage_sha256": sha256_of_files([folder / "lineage.json"]),
     }
 
 
@@ -221,19 +220,15 @@ class VariantWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def _write(self, engine: Engine) -> None:
-        batch, images = engine.state.batch, engine.state.output["pred"]
-        levels = ((images.float().cpu().numpy() + 1) / 2 * 65535 + 0.5).astype("uint16")
-        for i, image in enumerate(levels):
+        batch, images = engine.state.batch, engine.state.output["pred"].float().cpu().numpy()
+        for i, image in enumerate(images):
             key = (batch["case"][i], int(batch["slice"][i]), int(batch["variant"][i]))
-            item = self.items[key]
-            text = PngImagePlugin.PngInfo()
             names = ("case", "slice", "variant", "prompt", "phrase")
-            for name, value in {**{n: item[n] for n in names}, **self.facts}.items():
-                text.add_text(f"diffboost:{name}", str(value))
-            picture = Image.fromarray(image[0])
+            facts = {name: self.items[key][name] for name in names} | dict(self.facts)
+            text = {f"diffboost:{name}": value for name, value in facts.items()}
             write_aside(
                 self.output_dir / variant_file(*key),
-                lambda path, p=picture, t=text: p.save(path, format="PNG", pnginfo=t),
+                functools.partial(write_image, image=image[0], text=text),
             )
 
 
