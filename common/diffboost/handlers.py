@@ -10,22 +10,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from torch import nn
 
+from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
+
+__all__ = [  # the first three stand in diffboost.processes
+    "is_main_process",
+    "process_rank_and_count",
+    "wait_for_processes",
+    "write_aside",
+    "save_weights",
+    "TrainingLog",
+    "refuse_other_run",
+    "move_into_place",
+    "MoveIntoPlace",
+]
+
 logger = logging.getLogger(__name__)
-
-
-def is_main_process() -> bool:
-    """Whether this process writes files: rank 0, or the only one."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-
-
-def wait_for_processes() -> None:
-    """Wait until every process of torch.distributed is here; nothing where there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 def write_aside(path: Path, write: Callable[[Path], None]) -> None:

@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Iterator, Sequence, Sized
 
 import numpy as np
-import torch.distributed as dist
 from monai.data import CacheDataset
 from monai.transforms import Compose
 from torch.utils.data import Sampler
+
+from diffboost.processes import process_rank_and_count
 
 
 def address_seed(*parts: int | str) -> int:
@@ -85,9 +86,7 @@ class AddressedSampler(Sampler[tuple[int, int]]):
         self.seed = seed
         self.shuffle = shuffle
         self.epoch = 0
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.num_processes = dist.get_world_size() if distributed else 1
+        self.rank, self.num_processes = process_rank_and_count()
 
     def __len__(self) -> int:
         """Samples of one epoch on this process."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.distributed as dist
 from ignite.engine import Engine, Events
 from monai.engines import PrepareBatch
 from monai.transforms import Transform
@@ -21,7 +20,8 @@ from diffboost.generation.backbones import load_part
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.sampling import variant_noise
 from diffboost.generation.text import embed_prompts, mix_embeddings
-from diffboost.handlers import is_main_process, wait_for_processes, write_aside
+from diffboost.handlers import write_aside
+from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
 
 logger = logging.getLogger(__name__)
 
@@ -180,10 +180,8 @@ class ProcessShare(Sampler[int]):
     """
 
     def __init__(self, data_source: Sized) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        rank = dist.get_rank() if distributed else 0
-        world = dist.get_world_size() if distributed else 1
-        self.indices = range(rank, len(data_source), world)
+        rank, count = process_rank_and_count()
+        self.indices = range(rank, len(data_source), count)
 
     def __len__(self) -> int:
         """Variants of this process."""
