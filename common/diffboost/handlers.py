@@ -55,16 +55,22 @@ class TrainingLog:
         path: the CSV file; a new run starts a new one.
         validator: the validation engine whose metrics are added; it must run before this handler.
         names: names of those metrics, one column each.
+        losses: column to key of the trainer's output; None is ``train_loss`` from ``loss``.
 
     Source: engineering choice.
     """
 
     def __init__(
-        self, path: str, validator: Engine | None = None, names: tuple[str, ...] = ()
+        self,
+        path: str,
+        validator: Engine | None = None,
+        names: tuple[str, ...] = (),
+        losses: Mapping[str, str] | None = None,
     ) -> None:
         self.path = Path(path)
         self.validator = validator
         self.names = tuple(names)
+        self.columns = dict(losses or {"train_loss": "loss"})
         self.rows: list[Mapping[str, float]] = []
         self.losses: list[torch.Tensor] = []
         self.start = 0.0
@@ -82,12 +88,14 @@ class TrainingLog:
     def _collect(self, engine: Engine) -> None:
         output = engine.state.output
         output = output[0] if isinstance(output, list) else output
-        self.losses.append(torch.as_tensor(output["loss"]).detach())
+        losses = [torch.as_tensor(output[key]).detach() for key in self.columns.values()]
+        self.losses.append(torch.stack(losses))
 
     def _write(self, engine: Engine) -> None:
-        loss = torch.stack(self.losses).mean().item()
+        losses = torch.stack(self.losses).mean(dim=0).tolist()
         self.losses = []
-        row = {"epoch": engine.state.epoch, "train_loss": round(loss, 6)}
+        row = {"epoch": engine.state.epoch}
+        row |= {name: round(loss, 6) for name, loss in zip(self.columns, losses, strict=True)}
         validated = self.validator and self.validator.state.epoch == engine.state.epoch
         for name in self.names:
             row[name] = self.validator.state.metrics.get(name, "") if validated else ""
