@@ -13,7 +13,12 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
-from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
+from diffboost.processes import (
+    is_main_process,
+    process_rank_and_count,
+    sum_over_processes,
+    wait_for_processes,
+)
 
 __all__ = [  # the first three stand in diffboost.processes
     "is_main_process",
@@ -50,6 +55,9 @@ def save_weights(network: nn.Module, path: Path) -> None:
 
 class TrainingLog:
     """Writes ``training_log.csv``: epoch, mean training loss, seconds since the start, metrics.
+
+    The loss is the mean over steps and over all processes; batches of unequal size have their right
+    weight where the trainer's loss is a ``diffboost.processes.ShareOfLoss``.
 
     Args:
         path: the CSV file; a new run starts a new one.
@@ -92,7 +100,8 @@ class TrainingLog:
         self.losses.append(torch.stack(losses))
 
     def _write(self, engine: Engine) -> None:
-        losses = torch.stack(self.losses).mean(dim=0).tolist()
+        total = sum_over_processes(torch.stack(self.losses).mean(dim=0))
+        losses = (total / process_rank_and_count()[1]).tolist()
         self.losses = []
         row = {"epoch": engine.state.epoch}
         row |= {name: round(loss, 6) for name, loss in zip(self.columns, losses, strict=True)}
@@ -149,11 +158,16 @@ def move_into_place(partial_dir: str | Path, output_dir: str | Path, settings: M
         output_dir: where the files belong; files of the same name are replaced.
         settings: what the run is.
 
+    The first process moves while the others wait, so that all find the files in place afterwards.
+
     Source: engineering choice (design, "Failure").
     """
-    if not is_main_process():
-        return
-    partial_dir, output_dir = Path(partial_dir), Path(output_dir)
+    if is_main_process():
+        _move(Path(partial_dir), Path(output_dir), settings)
+    wait_for_processes()
+
+
+def _move(partial_dir: Path, output_dir: Path, settings: Mapping) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in sorted(partial_dir.iterdir()):
         target = output_dir / path.name

@@ -1,5 +1,13 @@
-"""Processes of torch.distributed: which one this is, and what all of them do together."""
+"""Processes of torch.distributed: which one this is, and what all of them do together.
 
+Ranks need no seeds of their own: every draw has an address (``data.addresses``), so that any number
+of processes draws what one process would have drawn.
+"""
+
+from collections.abc import Callable
+from itertools import zip_longest
+
+import torch
 import torch.distributed as dist
 
 
@@ -24,3 +32,63 @@ def wait_for_processes() -> None:
     """Wait until every process is here; nothing where there is one."""
     if process_rank_and_count()[1] > 1:
         dist.barrier()
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """A new tensor, the sum of every process's; without gradient."""
+    total = tensor.detach().clone()
+    if process_rank_and_count()[1] > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gather_objects(value: object) -> list:
+    """Every process's value (it is pickled), in the order of the ranks.
+
+    Source: engineering choice.
+    """
+    _, count = process_rank_and_count()
+    values = [value] * count
+    if count > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def join_shares(share: list) -> list:
+    """What the processes made of a ``ProcessShare``, in the order that one process has.
+
+    Args:
+        share: this process's results, one an item and in the order of its items; not None.
+
+    Returns:
+        All results, on every process; results of items that several processes had stand side by
+        side.
+
+    Source: engineering choice.
+    """
+    rounds = zip_longest(*gather_objects(share))
+    return [result for results in rounds for result in results if result is not None]
+
+
+class ShareOfLoss:
+    """A loss whose mean over the processes is the loss of all their samples together.
+
+    DistributedDataParallel averages gradients over processes as if all had equally many samples;
+    in the last step of an epoch they may not. The process's loss is multiplied by its samples over
+    the mean number of samples; equal batches are left as they are.
+
+    Args:
+        loss: (prediction, target (B, …)) to a mean over the batch.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, loss: Callable[..., torch.Tensor]) -> None:
+        self.loss = loss
+
+    def __call__(self, prediction, target: torch.Tensor) -> torch.Tensor:
+        """The loss, weighted."""
+        loss = self.loss(prediction, target)
+        _, count = process_rank_and_count()
+        total = sum_over_processes(torch.tensor(float(len(target)), device=target.device))
+        return loss * (len(target) * count / total)

@@ -69,38 +69,92 @@ class AddressedDataset(CacheDataset):
 class AddressedSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index); the order of an epoch comes from (seed, epoch) alone.
 
-    With torch.distributed, process r takes positions r, r + world, r + 2 world …: the union of the
-    processes' batches is the batch that one process would have had. The order is wrapped around so
-    that every process makes the same number of steps.
+    With torch.distributed, process r takes positions r, r + processes, r + 2 processes … of each
+    step: the union of the processes' batches is the batch that one process with a batch of
+    batch_size x processes would have had. What is left for the last step is dealt out in the same
+    way, so that its batches may differ by one sample (``processes.ShareOfLoss`` weights them).
+    All processes make equally many steps: where fewer samples than processes are left, each process
+    that would have none takes one of these samples too.
 
     Args:
         data_source: the data set, for its length.
         seed: the run's seed.
         shuffle: draw a new order each epoch; otherwise ascending.
+        batch_size: samples a step of one process, as the loader has it.
+        drop_last: leave out the samples of a last step that would not be full.
+
+    Raises:
+        ValueError: ``drop_last`` would leave no step.
 
     Source: engineering choice (design, "Randomness").
     """
 
-    def __init__(self, data_source: Sized, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        data_source: Sized,
+        seed: int = 0,
+        shuffle: bool = True,
+        batch_size: int = 1,
+        drop_last: bool = False,
+    ) -> None:
         self.data_source = data_source
         self.seed = seed
         self.shuffle = shuffle
+        self.batch_size = batch_size
+        self.drop_last = drop_last
         self.epoch = 0
         self.rank, self.num_processes = process_rank_and_count()
+        if len(self) == 0:
+            raise ValueError(
+                f"batch_size: {batch_size} in {self.num_processes} processes is more than the "
+                f"{len(data_source)} samples; the last, smaller batch is left out here"
+            )
 
     def __len__(self) -> int:
         """Samples of one epoch on this process."""
-        return -(-len(self.data_source) // self.num_processes)
+        return len(self._share(np.arange(len(self.data_source))))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """The addresses of the next epoch on this process."""
-        size = len(self.data_source)
-        order = np.arange(size)
+        order = np.arange(len(self.data_source))
         if self.shuffle:
-            order = np.random.RandomState(address_seed(self.seed, self.epoch, "order")).permutation(
-                size
-            )
+            generator = np.random.RandomState(address_seed(self.seed, self.epoch, "order"))
+            order = generator.permutation(len(order))
         epoch, self.epoch = self.epoch, self.epoch + 1
-        order = np.resize(order, len(self) * self.num_processes)
-        for index in order[self.rank :: self.num_processes]:
+        for index in self._share(order):
             yield (epoch, int(index))
+
+    def _share(self, order: np.ndarray) -> np.ndarray:
+        """This process's part of an epoch's order."""
+        full = len(order) - len(order) % (self.batch_size * self.num_processes)
+        share, rest = order[:full][self.rank :: self.num_processes], order[full:]
+        if self.drop_last or len(rest) == 0:
+            return share
+        own = rest[self.rank :: self.num_processes]
+        return np.append(share, own if len(own) else rest[self.rank % len(rest)])
+
+
+class ProcessShare(Sampler[int]):
+    """Indices of this process's items, where each is needed once: every count-th one.
+
+    ``processes.join_shares`` puts results back in order. No process may stand idle in an engine,
+    so that with fewer items than processes every process has all of them.
+
+    Args:
+        data_source: the data set, for its length.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, data_source: Sized) -> None:
+        rank, count = process_rank_and_count()
+        size = len(data_source)
+        self.indices = range(rank, size, count) if size >= count else range(size)
+
+    def __len__(self) -> int:
+        """Items of this process."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        """Their indices, ascending."""
+        return iter(self.indices)
