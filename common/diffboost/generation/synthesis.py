@@ -54,10 +54,13 @@ def read_generator(generator_dir: str) -> dict:
     }
 
 
-def load_generator(generator_dir: str, backbone: str) -> ControlledUNet:
-    """The network of a finetuned generator, without gradients."""
-    train_base = read_generator(generator_dir)["train_base"]
-    network = ControlledUNet(backbone, train_base, str(Path(generator_dir) / "model.pt"))
+def load_generator(generator_dir: str | None, backbone: str) -> ControlledUNet:
+    """The network of a trained generator, without gradients; None is the backbone's own branch."""
+    if generator_dir is None:
+        network = ControlledUNet(backbone)
+    else:
+        train_base = read_generator(generator_dir)["train_base"]
+        network = ControlledUNet(backbone, train_base, str(Path(generator_dir) / "model.pt"))
     return network.requires_grad_(False).eval()
 
 
