@@ -6,19 +6,25 @@ it is. So the tiny default and Stable Diffusion 1.5 differ in nothing but this n
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 logger = logging.getLogger(__name__)
 
 TINY_DIR = Path(__file__).parents[1] / "weights" / "tiny"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD15_DIR = TINY_DIR.with_name("sd15")  # configs alone, no weights
 PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
@@ -33,7 +39,8 @@ def resolve_backbone(backbone: str) -> str:
     """The folder or hub id that a backbone's name stands for.
 
     Args:
-        backbone: ``tiny``, a local folder in the layout of diffusers, or a hub id ``owner/name``.
+        backbone: ``tiny``, a local folder in the layout of diffusers, a hub id ``owner/name``, or
+            ``sd15`` for Stable Diffusion 1.5's hub id.
 
     Raises:
         FileNotFoundError: ``tiny`` lacks its weights, or a path does not exist.
@@ -47,6 +54,8 @@ def resolve_backbone(backbone: str) -> str:
                 "`make tiny_weights` pretrains it on phantoms"
             )
         return str(TINY_DIR)
+    if backbone == "sd15":
+        return SD15
     path = Path(backbone).expanduser()
     if path.is_dir():
         return str(path)
@@ -64,6 +73,57 @@ def has_part(backbone: str, part: str) -> bool:
     """Whether a backbone brings this part; a hub id is taken to hold Stable Diffusion's parts."""
     root = Path(resolve_backbone(backbone))
     return (root / part).is_dir() if root.is_dir() else part != "controlnet"
+
+
+def load_config(backbone: str, part: str) -> dict:
+    """The configuration of a part, without its weights; the class's defaults fill what it leaves.
+
+    Stable Diffusion 1.5's configurations lie in this package, so its hub id needs no hub. A
+    backbone without a branch gives that of the branch that would start from its UNet.
+
+    Args:
+        backbone: see :func:`resolve_backbone`.
+        part: vae, unet, controlnet, text_encoder or scheduler.
+
+    Returns:
+        Keyword arguments of the part's class (of its configuration's class for the text encoder),
+        and where it was written the class's name under ``_class_name``.
+
+    Raises:
+        ValueError: the part's name is none of these.
+        FileNotFoundError: the configuration is not in the folder, nor on the hub or in its cache.
+
+    Source: engineering choice.
+    """
+    allowed = sorted(set(PARTS) - {"tokenizer"})
+    if part not in allowed:
+        raise ValueError(f"part: {part!r} is not one of {allowed}")
+    if part == "controlnet" and resolve_backbone(backbone) != SD15 and not has_part(backbone, part):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(load_config(backbone, "unet"))
+            return dict(ControlNetModel.from_unet(unet, load_weights_from_unet=False).config)
+    given = json.loads(_config_path(backbone, part).read_text(encoding="utf-8"))
+    if part == "text_encoder":
+        return CLIPTextModel.config_class(**given).to_dict()
+    parameters = inspect.signature(PARTS[part].__init__).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    return defaults | given
+
+
+def _config_path(backbone: str, part: str) -> Path:
+    """The JSON file of a part's configuration, from the hub where the backbone is a hub id."""
+    root = Path(resolve_backbone(backbone))
+    if root == Path(SD15):
+        return SD15_DIR / part / "config.json"
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    if not root.is_dir():
+        try:
+            return Path(hf_hub_download(backbone, f"{part}/{name}"))
+        except OSError as error:
+            raise _missing_part(backbone, part) from error
+    if not (root / part / name).is_file():
+        raise _missing_part(backbone, part)
+    return root / part / name
 
 
 def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMScheduler:
@@ -86,15 +146,27 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
     try:
         loaded = PARTS[part].from_pretrained(root, subfolder=part, **options)
     except OSError as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0")
-        raise FileNotFoundError(
-            f"backbone: the part {part!r} of {backbone!r} was looked for in {root}/{part} and in "
-            f"the local hub cache (HF_HUB_OFFLINE={offline}); "
-            f"`hf download {backbone}` on a machine with a network gets it"
-        ) from error
+        raise _missing_part(backbone, part) from error
     if isinstance(loaded, nn.Module):
         loaded = loaded.float().eval().requires_grad_(False)
     return loaded
+
+
+def _missing_part(backbone: str, part: str) -> FileNotFoundError:
+    """Says where a part was looked for and what gets it."""
+    root = Path(resolve_backbone(backbone))
+    if root.is_dir():
+        found = ", ".join(sorted(path.name for path in root.iterdir())) or "nothing"
+        return FileNotFoundError(
+            f"backbone: the part {part!r} was looked for in {root / part}; {root} holds {found}; "
+            f"`hf download {SD15} --local-dir {root}` gets Stable Diffusion 1.5"
+        )
+    offline = os.environ.get("HF_HUB_OFFLINE", "0")
+    return FileNotFoundError(
+        f"backbone: the part {part!r} of {backbone!r} was looked for on the hub and in its local "
+        f"cache {HF_HUB_CACHE} (HF_HUB_OFFLINE={offline}); "
+        f"`hf download {backbone} --include '{part}/*'` on a machine with a network gets it"
+    )
 
 
 def backbone_sha256(backbone: str) -> str:

@@ -8,7 +8,7 @@ from monai.transforms import RandomizableTransform
 from torch import nn
 from torch.nn.functional import l1_loss
 
-from diffboost.generation.backbones import load_part
+from diffboost.generation.backbones import load_config, load_part
 
 
 def standard_normal(random_state, shape: tuple[int, ...]) -> torch.Tensor:
@@ -31,8 +31,8 @@ class DrawDiffusionTargetsd(RandomizableTransform):
         super().__init__(prob=1.0)
         if not 0 <= empty_prompt <= 1:
             raise ValueError(f"empty_prompt: {empty_prompt} is not in [0, 1]")
-        self.scaling_factor = load_part(backbone, "vae").config.scaling_factor
-        self.num_timesteps = load_part(backbone, "scheduler").config.num_train_timesteps
+        self.scaling_factor = load_config(backbone, "vae")["scaling_factor"]
+        self.num_timesteps = load_config(backbone, "scheduler")["num_train_timesteps"]
         self.empty_prompt = empty_prompt
 
     def __call__(self, data: dict) -> dict:
