@@ -137,10 +137,14 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
         ValueError: the part's name is none of these.
         FileNotFoundError: the part is not in the folder, nor on the hub or in its local cache.
 
+    Under ``torch.device("meta")`` a network is made from its configuration alone, without weights.
+
     Source: paper Sec. 3.1 (latent diffusion with text conditioning); loading is diffusers'.
     """
     if part not in PARTS:
         raise ValueError(f"part: {part!r} is not one of {sorted(PARTS)}")
+    if torch.get_default_device().type == "meta" and issubclass(PARTS[part], nn.Module):
+        return _without_weights(backbone, part)
     root = resolve_backbone(backbone)
     options = {"use_safetensors": True} if issubclass(PARTS[part], nn.Module) else {}
     try:
@@ -150,6 +154,16 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
     if isinstance(loaded, nn.Module):
         loaded = loaded.float().eval().requires_grad_(False)
     return loaded
+
+
+def _without_weights(backbone: str, part: str) -> nn.Module:
+    """A network on the default device as its configuration makes it, for counting."""
+    config = load_config(backbone, part)
+    if part == "text_encoder":
+        network = CLIPTextModel(CLIPTextModel.config_class(**config))
+    else:
+        network = PARTS[part].from_config(config)
+    return network.eval().requires_grad_(False)
 
 
 def _missing_part(backbone: str, part: str) -> FileNotFoundError:
