@@ -14,7 +14,7 @@ from diffboost.segmentation.merging import CLASSICAL_ARMS
 
 SIZE = 40
 ACTING = [arm for arm in CLASSICAL_ARMS if arm != "baseline"]
-SPATIAL = ("mirror", "rotate", "scale", "nnunet")
+SPATIAL = ("mirror", "rotate", "scale", "deepstack", "nnunet")
 
 
 def write_items(folder) -> list[dict]:
@@ -139,5 +139,5 @@ def test_workers_change_nothing(tmp_path):
 
 def test_unknown_arm_is_refused():
     for arm in ("mirorr", "diffboost+", "diffboost+diffboost", "diffboostx"):
-        with pytest.raises(ValueError, match="arm: .* is unknown; allowed are baseline, contrast"):
+        with pytest.raises(ValueError, match="arm: .* is unknown; .*allowed: baseline, brightness"):
             augmentation(arm)

@@ -48,7 +48,7 @@ def test_defaults_are_filled_in(read):
         ({"arms": None}, "`arms` is missing"),
         ({"name": "../x"}, "name: '../x'; allowed: letters"),
         ({"protocol": "paper"}, "protocol: 'paper'; allowed so far: sound"),
-        ({"arms": ["baseline", "mirorr"]}, "arm: 'mirorr' is unknown; allowed are baseline"),
+        ({"arms": ["baseline", "mirorr"]}, "arm: 'mirorr' is unknown; did you mean 'mirror'"),
         ({"arms": ["mirror"]}, "`baseline` must be one of them"),
         ({"arms": "baseline"}, "arms: 'baseline'; a list"),
         ({"seeds": [1, 1]}, "seeds: [1, 1]; a list of different values"),

@@ -1,12 +1,10 @@
 """The arms: what a training slice goes through, drawn anew each epoch from its address."""
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 import torch
 from monai.transforms import (
-    Affine,
     Compose,
     EnsureTyped,
     MapTransform,
@@ -22,7 +20,13 @@ from monai.transforms import (
 )
 from scipy.ndimage import gaussian_filter
 
-from diffboost.segmentation.merging import PickVariantd, RandMergeMaskd, split_arm
+from diffboost.segmentation.merging import (
+    SYNTHETIC_ARM,
+    PickVariantd,
+    RandMergeMaskd,
+    split_arm,
+)
+from diffboost.segmentation.spatial import RandWarpd
 
 IMAGE_STD = 0.5  # standard deviation of a slice in [-1, 1]; nnU-Net's unit of noise is one of these
 
@@ -85,61 +89,6 @@ class RandBlurd(RandomizableTransform, MapTransform):
         return d
 
 
-class RandRotateScaled(RandomizableTransform, MapTransform):
-    """Rotation and isotropic scaling, each with its own chance, in one resampling.
-
-    Images are interpolated bilinearly, labels by nearest neighbor; outside the slice the border
-    is repeated in both, so that they stay aligned. MONAI's RandAffined has one chance for both
-    and draws a scale per axis, hence this class around its Affine.
-
-    Args:
-        keys: images and label, (1, H, W); all share the draw.
-        modes: interpolation per key, "bilinear" or "nearest".
-        degrees: angles are uniform in [-degrees, degrees].
-        scale: lowest and highest factor of the sampling grid; above 1 objects get smaller.
-        prob_rotate: chance to rotate.
-        prob_scale: chance to scale.
-
-    Source: facts 29; nnU-Net v2 SpatialTransform without elastic deformation.
-    """
-
-    def __init__(
-        self,
-        keys: Sequence[str],
-        modes: Sequence[str],
-        degrees: float = 0.0,
-        scale: Sequence[float] = (1.0, 1.0),
-        prob_rotate: float = 0.0,
-        prob_scale: float = 0.0,
-    ) -> None:
-        MapTransform.__init__(self, keys)
-        RandomizableTransform.__init__(self, 1.0)
-        self.modes = modes
-        self.radians = math.radians(degrees)
-        self.scale = scale
-        self.prob_rotate = prob_rotate
-        self.prob_scale = prob_scale
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
-        """The items with all keys resampled on one drawn grid; types are kept."""
-        d = dict(data)
-        rotates, scales = self.R.uniform(size=2) < (self.prob_rotate, self.prob_scale)
-        if not rotates and not scales:
-            return d
-        angle = self.R.uniform(-self.radians, self.radians) if rotates else 0.0
-        factor = self.R.uniform(*self.scale) if scales else 1.0
-        affine = Affine(
-            rotate_params=angle,
-            scale_params=(factor, factor),
-            padding_mode="border",
-            image_only=True,
-        )
-        for key, mode in self.key_iterator(d, self.modes):
-            moved = affine(d[key], mode=mode)
-            d[key] = torch.as_tensor(moved).as_subclass(torch.Tensor).to(d[key].dtype)
-        return d
-
-
 def _gamma(keys: Sequence[str], prob: float, **options: bool) -> Transform:
     """Gamma 0.7 to 1.5, below and above 1 equally often, as nnU-Net and batchgenerators draw it."""
     halves = [RandAdjustContrastd(keys, 1.0, g, **options) for g in ((0.7, 1.0), (1.0, 1.5))]
@@ -171,7 +120,7 @@ def _nnunet(images: list[str], spatial: list[str], modes: list[str]) -> list[Tra
     Source: nnU-Net v2 nnUNetTrainer.get_training_transforms, batchgeneratorsv2.
     """
     return [
-        RandRotateScaled(spatial, modes, 180, (0.7, 1.4), prob_rotate=0.2, prob_scale=0.2),
+        RandWarpd(spatial, modes, 180, (0.7, 1.4), prob_rotate=0.2, prob_scale=0.2),
         RandGaussianNoised(images, prob=0.1, std=0.1 * IMAGE_STD, sample_std=True),
         RandBlurd(images, (0.5, 1.0), prob=0.2 * 0.5),
         _contrast(images, 0.15, preserve_range=False),
@@ -180,6 +129,31 @@ def _nnunet(images: list[str], spatial: list[str], modes: list[str]) -> list[Tra
             images, prob=0.25 * 0.5, zoom_range=(0.5, 1.0), upsample_mode="bilinear"
         ),
         _gamma(images, 0.1, invert_image=True, retain_stats=True),
+        _gamma(images, 0.3, invert_image=False, retain_stats=True),
+        *(RandFlipd(spatial, 0.5, spatial_axis=axis) for axis in (0, 1)),
+    ]
+
+
+def _deepstack(images: list[str], spatial: list[str], modes: list[str]) -> list[Transform]:
+    """nnU-Net v1's default 2D augmentation, which the released "DeepStack" meant and never called.
+
+    Displacements are in pixels of the slice whatever its size, as in nnU-Net.
+
+    Source: facts 27, 30; nnU-Net v1 default_2D_augmentation_params, batchgenerators.
+    """
+    return [
+        RandWarpd(
+            spatial,
+            modes,
+            degrees=180,
+            scale=(0.85, 1.25),
+            even_scale=True,
+            elastic_alpha=(0, 200),
+            elastic_sigma_px=(9, 13),
+            prob_rotate=0.2,
+            prob_scale=0.2,
+            prob_elastic=0.2,
+        ),
         _gamma(images, 0.3, invert_image=False, retain_stats=True),
         *(RandFlipd(spatial, 0.5, spatial_axis=axis) for axis in (0, 1)),
     ]
@@ -206,9 +180,11 @@ def _classical(name: str, images: list[str]) -> list[Transform]:
         case "mirror":
             return [_mirror(spatial)]
         case "rotate":
-            return [RandRotateScaled(spatial, modes, degrees=5, prob_rotate=1.0)]
+            return [RandWarpd(spatial, modes, degrees=5, prob_rotate=1.0)]
         case "scale":
-            return [RandRotateScaled(spatial, modes, scale=(0.95, 1.05), prob_scale=1.0)]
+            return [RandWarpd(spatial, modes, scale=(0.95, 1.05), prob_scale=1.0)]
+        case "deepstack":
+            return _deepstack(images, spatial, modes)
         case "nnunet":
             return _nnunet(images, spatial, modes)
     return []  # baseline
@@ -220,10 +196,11 @@ def augmentation(arm: str, alpha: float = 0.6, patch_size: int = 16) -> Compose:
     In: ``image`` float32 and ``label`` uint8, both (1, H, W); with variants also ``variants``, the
     files of the slice's variants. Out: ``image``, ``label``, ``case`` and, in a diffboost arm,
     ``synthetic`` float32 (1, H, W) and ``merge_mask`` float32 (1, H, W). Spatial draws are shared
-    by image, synthetic and label, intensity draws by image and synthetic.
+    by image, synthetic and label, intensity draws by image and synthetic. In the arm "synthetic"
+    ``image`` is a variant, and the real slice is not seen.
 
     Args:
-        arm: one of CLASSICAL_ARMS, "diffboost", or "diffboost+<classical arm>".
+        arm: one of ARMS.
         alpha: chance in [0, 1] that a patch of the merge mask is real (paper: 0.6).
         patch_size: side of such a patch in pixels (paper: 64 of 384).
 
@@ -232,14 +209,15 @@ def augmentation(arm: str, alpha: float = 0.6, patch_size: int = 16) -> Compose:
 
     Source: Sec. 4; facts 22, 23, 27 to 30.
     """
-    synthetic, classical = split_arm(arm)
-    images = ["image", "synthetic"] if synthetic else ["image"]
-    extra = ["merge_mask"] if synthetic else []
+    needs_variants, classical = split_arm(arm)
+    merges = needs_variants and arm != SYNTHETIC_ARM
+    images = ["image", "synthetic"] if merges else ["image"]
+    extra = ["merge_mask"] if merges else []
     return Compose(
         [
-            *([PickVariantd()] if synthetic else []),
+            *([PickVariantd("synthetic" if merges else "image")] if needs_variants else []),
             *_classical(classical, images),
-            *([RandMergeMaskd(alpha, patch_size)] if synthetic else []),
+            *([RandMergeMaskd(alpha, patch_size)] if merges else []),
             SelectItemsd([*images, *extra, "label", "case"], allow_missing_keys=True),
             EnsureTyped([*images, *extra], dtype=torch.float32, track_meta=False),
             EnsureTyped("label", dtype=torch.uint8, track_meta=False),

@@ -11,6 +11,7 @@ from monai.inferers import Inferer
 from monai.transforms import RandomizableTransform
 
 from diffboost.data.transforms import LoadSliced
+from diffboost.knobs import nearest
 
 CLASSICAL_ARMS = (
     "baseline",
@@ -22,43 +23,52 @@ CLASSICAL_ARMS = (
     "mirror",
     "rotate",
     "scale",
+    "deepstack",
     "nnunet",
+)
+SYNTHETIC_ARM = "synthetic"  # variants alone
+ARMS = (
+    *CLASSICAL_ARMS,
+    SYNTHETIC_ARM,
+    "diffboost",
+    *(f"diffboost+{name}" for name in CLASSICAL_ARMS if name != "baseline"),
 )
 MERGES = ("logits", "images")
 
 
 def split_arm(arm: str) -> tuple[bool, str]:
-    """Whether the arm uses variants, and its classical part.
+    """Whether the arm needs variants, and its classical part.
 
     Args:
-        arm: one of CLASSICAL_ARMS, "diffboost", or "diffboost+<classical arm>".
+        arm: one of ARMS.
 
     Raises:
-        ValueError: unknown arm.
+        ValueError: unknown arm; says which is nearest.
 
     Source: engineering choice
     """
-    synthetic = arm == "diffboost" or arm.startswith("diffboost+")
-    classical = arm.removeprefix("diffboost").removeprefix("+") if synthetic else arm
-    classical = "baseline" if arm == "diffboost" else classical
-    if classical not in CLASSICAL_ARMS:
-        raise ValueError(
-            f"arm: {arm!r} is unknown; allowed are {', '.join(CLASSICAL_ARMS)}, "
-            "diffboost and diffboost+<one of these>"
-        )
-    return synthetic, classical
+    if arm not in ARMS:
+        raise ValueError(f"arm: {arm!r} is unknown; {nearest(arm, ARMS)}")
+    if arm in CLASSICAL_ARMS:
+        return False, arm
+    return True, arm.partition("+")[2] or "baseline"
 
 
-def variants_by_slice(synthetic_dir: str | Path) -> dict[tuple[str, int], list[str]]:
+def variants_by_slice(
+    synthetic_dir: str | Path, num_variants: int | None = None
+) -> dict[tuple[str, int], list[str]]:
     """Files of the kept variants of each (case, slice), in the order of their numbers.
 
     Args:
         synthetic_dir: a synthetic store (images/, manifest.parquet).
+        num_variants: use variants 0 … num_variants - 1 only, which are what a synthesis of that
+            ratio would have made; None uses all.
 
     Raises:
         FileNotFoundError: there is no manifest.
+        ValueError: num_variants is not between 1 and the store's ratio.
 
-    Source: engineering choice
+    Source: engineering choice (ablation over the ratio, paper Sec. 5.1)
     """
     manifest_path = Path(synthetic_dir) / "manifest.parquet"
     if not manifest_path.is_file():
@@ -67,7 +77,11 @@ def variants_by_slice(synthetic_dir: str | Path) -> dict[tuple[str, int], list[s
             "write a synthetic store with the bundle diffboost_synthesis"
         )
     manifest = pd.read_parquet(manifest_path, columns=["image", "case", "slice", "variant", "kept"])
-    manifest = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
+    ratio = int(manifest["variant"].max()) + 1
+    if num_variants is not None and not 1 <= num_variants <= ratio:
+        raise ValueError(f"num_variants: {num_variants}; {synthetic_dir} has 1 to {ratio} a slice")
+    kept = manifest["kept"] & (manifest["variant"] < (num_variants or ratio))
+    manifest = manifest[kept].sort_values(["case", "slice", "variant"])
     root = Path(synthetic_dir).resolve()
     return {
         (str(case), int(number)): [str(root / image) for image in rows["image"]]
@@ -76,7 +90,10 @@ def variants_by_slice(synthetic_dir: str | Path) -> dict[tuple[str, int], list[s
 
 
 class PickVariantd(RandomizableTransform):
-    """Draws one file of ``variants`` and loads it as ``synthetic``, float32 (1, H, W) in [-1, 1].
+    """Draws one file of ``variants`` and loads it, float32 (1, H, W) in [-1, 1].
+
+    Args:
+        key: where it goes: "synthetic", beside the real slice, or "image", in its place.
 
     Raises:
         ValueError: the variant's shape is not the slice's.
@@ -84,19 +101,20 @@ class PickVariantd(RandomizableTransform):
     Source: facts 23 (each epoch one of N variants, so steps do not grow with N)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, key: str = "synthetic") -> None:
         super().__init__(prob=1.0)
+        self.key = key
         self.load = LoadSliced("synthetic")
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        """The item with ``synthetic`` beside ``image``."""
+        """The item with a variant at ``key``."""
         paths = data["variants"]
         path = paths[self.R.randint(len(paths))]
-        d = self.load({**data, "synthetic": path})
-        if d["synthetic"].shape != d["image"].shape:
-            shape, expected = tuple(d["synthetic"].shape), tuple(d["image"].shape)
+        variant = self.load({"synthetic": path})["synthetic"]
+        if variant.shape != data["image"].shape:
+            shape, expected = tuple(variant.shape), tuple(data["image"].shape)
             raise ValueError(f"synthetic: {path} has shape {shape}, its slice has {expected}")
-        return d
+        return {**data, self.key: variant}
 
 
 class RandMergeMaskd(RandomizableTransform):
@@ -152,7 +170,7 @@ class MergeInferer(Inferer):
     def __init__(self, merge: str = "logits", amp: bool = False) -> None:
         super().__init__()
         if merge not in MERGES:
-            raise ValueError(f"merge: {merge!r} is unknown; allowed are {', '.join(MERGES)}")
+            raise ValueError(f"merge: {merge!r} is unknown; {nearest(merge, MERGES)}")
         self.merge = merge
         self.amp = amp
 

@@ -1,10 +1,14 @@
-"""Training beside the augmentation: the items of an arm and its batches."""
+"""Training beside the augmentation: the items of an arm, those of selection, and batches."""
 
 from monai.engines import PrepareBatchDefault, PrepareBatchExtraInput
 from monai.engines.utils import PrepareBatch
 
 from diffboost.data.slices import read_store, slice_items
-from diffboost.segmentation.merging import split_arm, variants_by_slice
+from diffboost.knobs import nearest
+from diffboost.segmentation.merging import SYNTHETIC_ARM, split_arm, variants_by_slice
+
+SELECTIONS = ("inner_validation", "test")
+STORE_CHANNELS = 1  # a slice store holds gray slices
 
 
 def training_items(
@@ -14,12 +18,14 @@ def training_items(
     image_size: int,
     num_classes: int,
     synthetic_dir: str | None = None,
+    in_channels: int = 1,
     size_divisor: int = 1,
     min_foreground_px: int = 0,
     inner_fraction: float = 0.2,
     num_cases: int | None = None,
+    num_variants: int | None = None,
 ) -> list[dict]:
-    """The training slices of a fold; in a diffboost arm each knows the files of its variants.
+    """The training slices of a fold; where the arm needs variants, each knows their files.
 
     A slice stands in the list once, whatever the ratio: an epoch has as many steps in every arm.
 
@@ -29,32 +35,30 @@ def training_items(
         fold: fold whose training cases (without inner validation) are taken.
         image_size: side of the slices in pixels, as the store has them.
         num_classes: number of classes with background, as the store's task has them.
-        synthetic_dir: synthetic store; needed by diffboost arms and refused in others.
-        size_divisor: the network needs slices of a multiple of this side.
-        min_foreground_px: slices with fewer labeled pixels are left out (paper: 20).
+        synthetic_dir: synthetic store; needed by arms with variants and refused in others.
+        in_channels: channels that the network takes; a slice store has one.
+        size_divisor: the network needs slices of a multiple of this side, and of two at least.
+        min_foreground_px: slices with fewer labeled pixels are left out (paper: 21).
         inner_fraction: part of the fold's training cases kept for inner validation.
         num_cases: train on this many cases only; all if None.
+        num_variants: use the first so many variants of a slice; all if None.
 
     Returns:
-        Dictionaries of ``slice_items``, with ``variants`` (list of paths) in a diffboost arm.
+        Dictionaries of ``slice_items``, with ``variants`` (list of paths) where they are needed.
 
     Raises:
-        ValueError: arm and synthetic_dir disagree, image_size, num_classes or inner_fraction do
-            not fit, or training slices have no variant.
+        ValueError: arm and synthetic_dir disagree, a size or number does not fit the store, or
+            training slices have no variant.
 
     Source: facts 23
     """
-    synthetic, _ = split_arm(arm)
-    if synthetic != (synthetic_dir is not None):
-        need = "needs a synthetic_dir" if synthetic else "takes no synthetic_dir"
+    needs_variants, _ = split_arm(arm)
+    if needs_variants != (synthetic_dir is not None):
+        need = "needs a synthetic_dir" if needs_variants else "takes no synthetic_dir"
         raise ValueError(f"arm {arm!r} {need}, but synthetic_dir is {synthetic_dir!r}")
-    if image_size % size_divisor:
-        raise ValueError(
-            f"image_size: {image_size} is no multiple of {size_divisor}, the network's"
-        )
-    if not 0 < inner_fraction < 1:
-        raise ValueError(f"inner_fraction: {inner_fraction} is not between 0 and 1")
-    check_store(store_dir, image_size, num_classes)
+    if num_variants is not None and not needs_variants:
+        raise ValueError(f"num_variants: {num_variants}, but arm {arm!r} meets no variants")
+    check_store(store_dir, image_size, num_classes, in_channels, size_divisor)
     items = slice_items(
         store_dir,
         fold,
@@ -63,9 +67,9 @@ def training_items(
         inner_fraction=inner_fraction,
         num_cases=num_cases,
     )
-    if not synthetic:
+    if not needs_variants:
         return items
-    variants = variants_by_slice(synthetic_dir)
+    variants = variants_by_slice(synthetic_dir, num_variants)
     missing = [item for item in items if (item["case"], int(item["slice"])) not in variants]
     if missing:
         names = ", ".join(f"{item['case']} slice {item['slice']}" for item in missing[:5])
@@ -76,25 +80,76 @@ def training_items(
     return [item | {"variants": variants[item["case"], int(item["slice"])]} for item in items]
 
 
-def check_store(store_dir: str, image_size: int, num_classes: int) -> None:
+def selection_items(
+    store_dir: str,
+    fold: int,
+    selection: str = "inner_validation",
+    min_foreground_px: int = 0,
+    inner_fraction: float = 0.2,
+    num_cases: int | None = None,
+) -> list[dict]:
+    """The slices on which the best epoch is chosen.
+
+    Args:
+        store_dir: slice store.
+        fold: fold that is held out.
+        selection: "inner_validation": all slices of cases of the training fold that are not trained
+            on; "test": the test slices that have ``min_foreground_px``, as the released code does.
+            The scores of a model that was chosen on them are too good.
+        min_foreground_px: as in training.
+        inner_fraction: part of the fold's training cases kept for inner validation.
+        num_cases: of the training fold, see ``training_items``.
+
+    Raises:
+        ValueError: unknown selection, or no case is kept for inner validation.
+
+    Source: facts 14, 25
+    """
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection: {selection!r} is unknown; {nearest(selection, SELECTIONS)}")
+    if selection == "test":
+        return slice_items(store_dir, fold, "test", min_foreground_px=min_foreground_px)
+    if not 0 < inner_fraction < 1:
+        raise ValueError(
+            f"inner_fraction: {inner_fraction} is not between 0 and 1, which selection "
+            "'inner_validation' needs"
+        )
+    return slice_items(
+        store_dir, fold, selection, inner_fraction=inner_fraction, num_cases=num_cases
+    )
+
+
+def check_store(
+    store_dir: str, image_size: int, num_classes: int, in_channels: int = 1, size_divisor: int = 1
+) -> None:
     """Refuses a store whose slices or labels are not what the network is built for.
 
     Args:
         store_dir: slice store.
         image_size: side of the slices in pixels.
         num_classes: number of classes with background.
+        in_channels: channels of a slice.
+        size_divisor: the network halves its slices down to this part of their side; one pixel is
+            too little for its normalization.
 
     Raises:
-        ValueError: the store has another image size or number of classes.
+        ValueError: the store or the network has another of these numbers.
 
     Source: engineering choice
     """
+    if image_size % size_divisor or image_size < 2 * size_divisor:
+        raise ValueError(
+            f"image_size: {image_size}; this network needs a multiple of {size_divisor} from "
+            f"{2 * size_divisor} up"
+        )
     header = read_store(store_dir).header
     stored = {
         "image_size": header["preprocessing"]["image_size"],
         "num_classes": len(header["labels"]),
+        "in_channels": STORE_CHANNELS,
     }
-    for key, value in {"image_size": image_size, "num_classes": num_classes}.items():
+    given = {"image_size": image_size, "num_classes": num_classes, "in_channels": in_channels}
+    for key, value in given.items():
         if value != stored[key]:
             raise ValueError(
                 f"{key}: {value} does not fit the store {store_dir}, which has {stored[key]}"
@@ -109,7 +164,7 @@ def prepare_batch(arm: str) -> PrepareBatch:
 
     Source: engineering choice
     """
-    synthetic, _ = split_arm(arm)
-    if synthetic:
+    needs_variants, _ = split_arm(arm)
+    if needs_variants and arm != SYNTHETIC_ARM:
         return PrepareBatchExtraInput({"synthetic": "synthetic", "merge_mask": "merge_mask"})
     return PrepareBatchDefault()
