@@ -6,7 +6,8 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from diffboost.segmentation.evaluation import CaseDice, case_metrics
+from diffboost.segmentation.evaluation import CaseDice
+from diffboost.segmentation.metrics import case_metrics
 
 
 def square(size: tuple[int, ...], *spans: tuple[int, int], value: int = 1) -> torch.Tensor:
