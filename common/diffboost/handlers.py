@@ -28,6 +28,7 @@ __all__ = [  # the first three stand in diffboost.processes
     "save_weights",
     "TrainingLog",
     "refuse_other_run",
+    "resume_run",
     "move_into_place",
     "MoveIntoPlace",
 ]
@@ -150,6 +151,31 @@ def refuse_other_run(output_dir: str | Path, settings: Mapping) -> None:
         )
 
 
+def resume_run(partial_dir: str | Path, settings: Mapping) -> None:
+    """Start a partial folder, or take up that of an interrupted run of the same settings.
+
+    Args:
+        partial_dir: where the run writes; what lies there without a ``run.json`` is removed.
+        settings: what the run is; written into the folder's ``run.json``.
+
+    Raises:
+        ValueError: the folder holds an interrupted run of other settings.
+
+    Source: engineering choice (design, "Failure").
+    """
+    refuse_other_run(partial_dir, settings)
+    partial_dir = Path(partial_dir)
+    if is_main_process() and not (partial_dir / "run.json").is_file():
+        shutil.rmtree(partial_dir, ignore_errors=True)
+        _write_settings(partial_dir, settings)
+    wait_for_processes()
+
+
+def _write_settings(folder: Path, settings: Mapping) -> None:
+    text = json.dumps(dict(settings), indent=1, default=str) + "\n"
+    write_aside(folder / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
 def move_into_place(partial_dir: str | Path, output_dir: str | Path, settings: Mapping) -> None:
     """Write ``run.json`` and move a finished run's files from its partial folder into place.
 
@@ -175,8 +201,7 @@ def _move(partial_dir: Path, output_dir: Path, settings: Mapping) -> None:
             shutil.rmtree(target)
         os.replace(path, target)
     partial_dir.rmdir()
-    text = json.dumps(dict(settings), indent=1, default=str) + "\n"
-    write_aside(output_dir / "run.json", lambda path: path.write_text(text, encoding="utf-8"))
+    _write_settings(output_dir, settings)
 
 
 class MoveIntoPlace:

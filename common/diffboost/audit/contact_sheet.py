@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.synthesis import variant_file
+from diffboost.generation.variant_store import variant_file
 from diffboost.handlers import is_main_process, write_aside
 
 

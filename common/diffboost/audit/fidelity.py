@@ -13,7 +13,7 @@ from diffboost.conditions.edges import load_edge_detector
 from diffboost.data.addresses import address_seed
 from diffboost.data.slices import read_store
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.synthesis import variant_file
+from diffboost.generation.variant_store import variant_file
 from diffboost.handlers import is_main_process, write_aside
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,14 @@ def measure_edge_agreement(
         device: where the detector runs.
 
     Returns:
-        The figures that were written; ``other`` is NaN where there is one case only.
+        The figures that were written; ``other`` is NaN where there is one case only. Nothing on
+        other processes than the first, which alone measures.
 
     Source: engineering choice (``reference/prototype.md``: only such a figure tells a generator
         that follows its edges from one that ignores them).
     """
+    if not is_main_process():
+        return {}
     preprocessing = read_store(store_dir).header["preprocessing"]
     detector = load_edge_detector(
         preprocessing["edges"], size_px=preprocessing["hed_size_px"], device=device
@@ -86,10 +89,9 @@ def measure_edge_agreement(
         "n": int(np.isfinite(own).sum()),
         "edges": preprocessing["edges"],
     }
-    if is_main_process():
-        text = json.dumps(figures, indent=1) + "\n"
-        target = Path(synthetic_dir) / "edge_agreement.json"
-        write_aside(target, lambda path: path.write_text(text))
+    text = json.dumps(figures, indent=1) + "\n"
+    target = Path(synthetic_dir) / "edge_agreement.json"
+    write_aside(target, lambda path: path.write_text(text))
     logger.info("edge agreement of %(n)d variants: own %(own).3f, other %(other).3f", figures)
     return figures
 

@@ -41,13 +41,24 @@ def load_scheduler(backbone: str, scheduler: str):
     return kind.from_config(load_part(backbone, "scheduler").config, **options)
 
 
-def variant_noise(seed: int, case: str, slice_: int, variant: int, shape: tuple) -> torch.Tensor:
-    """Standard normal float32 start of a variant, from (seed, case, slice, variant) alone.
+NOISE_ADDRESSES = ("case", "variant")
 
-    Source: engineering choice; the released code starts variant i of every image from the same
-        noise (facts 19).
+
+def variant_noise(
+    seed: int, case: str, slice_: int, variant: int, shape: tuple, noise_address: str = "case"
+) -> torch.Tensor:
+    """Standard normal float32 start of a variant, from its address alone.
+
+    Args:
+        seed, case, slice_, variant: name the variant.
+        shape: of a latent.
+        noise_address: ``case`` draws from (seed, case, slice, variant); ``variant`` from (seed,
+            variant), so that variant i of every slice starts from the same noise.
+
+    Source: engineering choice; ``variant`` is the released code's (facts 19).
     """
-    generator = np.random.RandomState(address_seed(seed, case, slice_, variant))
+    place = (case, slice_, variant) if noise_address == "case" else ("variant", variant)
+    generator = np.random.RandomState(address_seed(seed, *place))
     return torch.from_numpy(generator.standard_normal(shape).astype("float32"))
 
 

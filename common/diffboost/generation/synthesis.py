@@ -1,29 +1,21 @@
-"""Synthesis: training slices and augmentation phrases in, a synthetic store out."""
+"""Synthesis: variants to make of training slices and phrases, and their conditions."""
 
-import functools
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
-from ignite.engine import Engine, Events
 from monai.engines import PrepareBatch
 from monai.transforms import Transform
-from torch.utils.data import Sampler
 
 from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
-from diffboost.data.slices import sha256_of_files, slice_items, write_image
+from diffboost.data.slices import sha256_of_files, slice_items
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.backbones import load_part
+from diffboost.generation.backbones import load_config
 from diffboost.generation.networks import ControlledUNet
-from diffboost.generation.sampling import variant_noise
+from diffboost.generation.sampling import NOISE_ADDRESSES, variant_noise
 from diffboost.generation.text import embed_prompts, mix_embeddings
-from diffboost.handlers import write_aside
-from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
-
-logger = logging.getLogger(__name__)
+from diffboost.knobs import nearest
 
 # The released code's fixed words of every mix (facts 16).
 STYLE_PROMPT = "gray, sketch"
@@ -115,7 +107,11 @@ class VariantConditions(Transform):
         backbone: brings text encoder and latent shape.
         prompt_weights: weights of ``prompt``, ``phrase`` and ``style`` in the embedding's mix.
         image_size: side in pixels.
+        noise_address: see :func:`diffboost.generation.sampling.variant_noise`.
         device: where the text encoder runs.
+
+    Raises:
+        ValueError: ``noise_address`` is unknown.
 
     Source: released code, ``segmentation_sample.py`` (facts 16, 17, 19).
     """
@@ -126,12 +122,18 @@ class VariantConditions(Transform):
         backbone: str,
         prompt_weights: Mapping[str, float],
         image_size: int,
+        noise_address: str = "case",
         device: str | torch.device = "cpu",
     ) -> None:
+        if noise_address not in NOISE_ADDRESSES:
+            raise ValueError(
+                f"noise_address: {noise_address!r}; {nearest(noise_address, NOISE_ADDRESSES)}"
+            )
+        self.noise_address = noise_address
         self.prompt_weights = dict(prompt_weights)
-        config = load_part(backbone, "vae").config
-        side = image_size // 2 ** (len(config.block_out_channels) - 1)
-        self.latent_shape = (config.latent_channels, side, side)
+        config = load_config(backbone, "vae")
+        side = image_size // 2 ** (len(config["block_out_channels"]) - 1)
+        self.latent_shape = (config["latent_channels"], side, side)
         self.load = LoadSliced(["edge"], image_size=image_size)
         texts = {item["prompt"] + self._suffix() for item in data}
         texts |= {item["phrase"] for item in data} | {STYLE_PROMPT, NEGATIVE_PROMPT}
@@ -152,7 +154,12 @@ class VariantConditions(Transform):
         }
         return {
             "image": variant_noise(
-                data["seed"], data["case"], data["slice"], data["variant"], self.latent_shape
+                data["seed"],
+                data["case"],
+                data["slice"],
+                data["variant"],
+                self.latent_shape,
+                self.noise_address,
             ),
             "context": mix_embeddings(parts, self.prompt_weights),
             "negative_context": self.embedding[NEGATIVE_PROMPT],
@@ -173,120 +180,30 @@ class VariantPrepareBatch(PrepareBatch):
         return moved["image"], None, (), {name: moved[name] for name in names}
 
 
-class ProcessShare(Sampler[int]):
-    """Indices of this process's variants: with torch.distributed every world-th one, once each.
-
-    Args:
-        data_source: the data set, for its length.
-
-    Source: engineering choice.
-    """
-
-    def __init__(self, data_source: Sized) -> None:
-        rank, count = process_rank_and_count()
-        self.indices = range(rank, len(data_source), count)
-
-    def __len__(self) -> int:
-        """Variants of this process."""
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        """Their indices, ascending."""
-        return iter(self.indices)
-
-
-def variant_file(case: str, slice_: int, variant: int) -> str:
-    """Path of a variant inside its store."""
-    return f"images/{case}_{slice_:04d}_{variant:03d}.png"
-
-
-class VariantWriter:
-    """Writes each variant as 16-bit PNG that says how it was made.
-
-    Args:
-        output_dir: the synthetic store.
-        facts: written into every PNG, beside case, slice, variant, prompt and phrase.
-
-    Source: engineering choice (design, "Synthetic store").
-    """
-
-    def __init__(self, output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
-        self.output_dir = Path(output_dir)
-        self.facts = facts
-        self.items = {(item["case"], item["slice"], item["variant"]): item for item in data}
-        (self.output_dir / "images").mkdir(parents=True, exist_ok=True)
-
-    def attach(self, engine: Engine) -> None:
-        """Listen to the evaluator."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
-
-    def _write(self, engine: Engine) -> None:
-        batch, images = engine.state.batch, engine.state.output["pred"].float().cpu().numpy()
-        for i, image in enumerate(images):
-            key = (batch["case"][i], int(batch["slice"][i]), int(batch["variant"][i]))
-            names = ("case", "slice", "variant", "prompt", "phrase")
-            facts = {name: self.items[key][name] for name in names} | dict(self.facts)
-            text = {f"diffboost:{name}": value for name, value in facts.items()}
-            write_aside(
-                self.output_dir / variant_file(*key),
-                functools.partial(write_image, image=image[0], text=text),
-            )
-
-
 def variant_facts(
     generator_dir: str,
     backbone: str,
     seed: int,
+    noise_address: str,
     scheduler: str,
     num_inference_steps: int,
     guidance_scale: float,
     control_scale: float,
     prompt_weights: Mapping[str, float],
+    batch_size: int,
 ) -> dict:
     """What all variants of a run share, a column each in the manifest: generator, sampler, seed."""
     generator = read_generator(generator_dir)
     return {
         "seed": seed,
+        "noise_address": noise_address,
         "scheduler": scheduler,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "control_scale": control_scale,
         "prompt_weights": json.dumps(dict(prompt_weights), sort_keys=True),
+        "batch_size": batch_size,
         "backbone": backbone,
         "model_sha256": generator["model_sha256"],
         "lineage_sha256": generator["lineage_sha256"],
     }
-
-
-def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
-    """Write ``manifest.parquet``, a row a variant, once every file is there.
-
-    Raises:
-        FileNotFoundError: a variant has no file.
-
-    Source: engineering choice (design, "Synthetic store").
-    """
-    wait_for_processes()
-    if not is_main_process():
-        return
-    rows = []
-    for item in data:
-        image = variant_file(item["case"], item["slice"], item["variant"])
-        if not (Path(output_dir) / image).is_file():
-            raise FileNotFoundError(f"output_dir: {output_dir} lacks {image}; run synthesis again")
-        rows.append(
-            {
-                "image": image,
-                **{name: item[name] for name in ("case", "slice", "variant", "label")},
-                "source_image": item["image"],
-                "edge": item["edge"],
-                **{name: item[name] for name in ("prompt", "phrase")},
-                "phrase_weight": json.loads(facts["prompt_weights"]).get("phrase", 0.0),
-                **facts,
-                "kept": True,
-                "reason": "",
-            }
-        )
-    manifest = pd.DataFrame(rows)
-    write_aside(Path(output_dir) / "manifest.parquet", manifest.to_parquet)
-    logger.info("%d variants in %s", len(rows), output_dir)
