@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 from ignite.engine import Engine, Events
-from torch.utils.data import Sampler
 
+from diffboost.data.addresses import ProcessBatches
 from diffboost.data.slices import write_image
 from diffboost.handlers import write_aside
-from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
+from diffboost.processes import is_main_process, wait_for_processes
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +31,11 @@ def _placed(data: Sequence[dict], facts: Mapping) -> Iterator[tuple[dict, int]]:
     return ((item, position % facts["batch_size"]) for position, item in enumerate(data))
 
 
-class VariantBatches(Sampler[list[int]]):
-    """Fixed batches: item i is in batch i // batch_size, at place i % batch_size.
-
-    The last batch is filled up with copies of its last item. Whole batches go to processes, batch k
-    to process k % processes, since a sum's rounding may depend on a batch's size: so the files are
-    the same, byte for byte, for any number of processes (each with as many threads). Batches whose
-    files are all there, of an interrupted run, are left out.
+class VariantBatches(ProcessBatches):
+    """The batches whose files are not all there yet: an interrupted run is taken up.
 
     Args:
-        data: the items.
+        data: the variants' items.
         batch_size: variants a pass.
         output_dir: where :class:`VariantWriter` writes.
 
@@ -48,21 +43,11 @@ class VariantBatches(Sampler[list[int]]):
     """
 
     def __init__(self, data: Sequence[dict], batch_size: int, output_dir: str) -> None:
-        rank, count = process_rank_and_count()
-        self.batches = []
-        for start in range(rank * batch_size, len(data), count * batch_size):
-            batch = list(range(start, min(start + batch_size, len(data))))
-            files = (Path(output_dir) / _file_of(data[i]) for i in batch)
-            if not all(file.is_file() for file in files):
-                self.batches.append(batch + [batch[-1]] * (batch_size - len(batch)))
-
-    def __len__(self) -> int:
-        """Batches that this process has to make."""
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Indices of each batch."""
-        return iter(self.batches)
+        super().__init__(data, batch_size)
+        files = [Path(output_dir) / _file_of(item) for item in data]
+        self.batches = [
+            batch for batch in self.batches if not all(files[i].is_file() for i in batch)
+        ]
 
 
 class VariantWriter:
