@@ -45,10 +45,12 @@ def write_case(source: Path, layout: str, case: str, seed: int) -> tuple[str, st
     return names
 
 
-def write_store(store_dir: Path, num_cases: int = 6, layout: str = "decathlon") -> Path:
-    """A slice store of 3 folds at 32 px with its source in `source/`."""
+def write_store(
+    store_dir: Path, num_cases: int = 6, layout: str = "decathlon", image_size: int = 32
+) -> Path:
+    """A slice store of 3 folds at `image_size` px with its source in `source/`."""
     task = read_task(VOLUMES if layout == "decathlon" else IMAGES)
-    preprocessing = case_preprocessing(task, 32, with_label=True)
+    preprocessing = case_preprocessing(task, image_size, with_label=True)
     for folder in ("images", "labels", "edges"):
         (store_dir / folder).mkdir(parents=True)
     rows = []
@@ -62,11 +64,12 @@ def write_store(store_dir: Path, num_cases: int = 6, layout: str = "decathlon") 
             label = item["label"][0, ..., index].numpy()
             write_image(store_dir / "images" / name, item["image"][0, ..., index].numpy())
             write_label(store_dir / "labels" / name, label)
-            write_edge(store_dir / "edges" / name, np.zeros((32, 32)))
+            write_edge(store_dir / "edges" / name, np.zeros((image_size, image_size)))
             row = {key: f"{key}s/{name}" for key in ("image", "label", "edge")}
             row |= {"case": case, "slice": index, "image_root": "store", "prompt": "MR, ball, ball"}
             row |= {"section": "training", "fold": number % 3, "foreground_px": (label > 0).sum()}
-            row |= {"source_image": names[0], "source_label": names[1], "sha256": ""}
+            row |= {"source_image": names[0], "source_label": names[1]}
+            row |= {"sha256": "", "source_sha256": f"{number:064x}"}
             rows.append(
                 row | {"spacing_mm": [0.8, 0.9, 3.0] if layout == "decathlon" else [1.0] * 3}
             )
@@ -74,9 +77,9 @@ def write_store(store_dir: Path, num_cases: int = 6, layout: str = "decathlon") 
     header = {
         "labels": {"0": "background", "1": "shell", "2": "core"},
         "task": task,
-        "preprocessing": {"image_size": 32},
+        "preprocessing": {"image_size": image_size},
         "source_dir": "source",
-        "store_version": 1,
+        "store_version": 2,
     }
     (store_dir / "dataset.json").write_text(json.dumps(header))
     return store_dir
@@ -85,11 +88,12 @@ def write_store(store_dir: Path, num_cases: int = 6, layout: str = "decathlon") 
 def write_variants(store_dir: Path, synthetic_dir: Path, ratio: int = 2) -> Path:
     """A synthetic store: flat gray images, darker by the number of the variant; all kept."""
     (synthetic_dir / "images").mkdir(parents=True)
+    size = json.loads((store_dir / "dataset.json").read_text())["preprocessing"]["image_size"]
     rows = []
     for row in pd.read_parquet(store_dir / "index.parquet").to_dict("records"):
         for variant in range(ratio):
             name = f"images/{row['case']}_{row['slice']:04d}_{variant:03d}.png"
-            write_image(synthetic_dir / name, np.full((32, 32), -variant / 10))
+            write_image(synthetic_dir / name, np.full((size, size), -variant / 10))
             place = {"image": name, "case": row["case"], "slice": row["slice"]}
             rows.append(place | {"variant": variant, "kept": True, "reason": ""})
     pd.DataFrame(rows).to_parquet(synthetic_dir / "manifest.parquet")

@@ -16,6 +16,7 @@ from monai.bundle import run
 from PIL import Image
 
 from diffboost.audit.fidelity import correlation
+from diffboost.data.slices import read_store
 from diffboost.prepare import prepare
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -112,9 +113,9 @@ def test_finetune_writes_weights_lineage_and_log(folder, generator):
     log = pd.read_csv(generator / "training_log.csv")
     assert list(log.epoch) == [1, 2] and np.isfinite(log.train_loss).all()
     lineage = json.loads((generator / "lineage.json").read_text())
-    header = json.loads((folder / "store" / "dataset.json").read_text())
+    hashes = read_store(folder / "store").source_sha256()
     assert lineage["fold"] == 0 and len(lineage["cases"]) == 3  # the fourth is inner validation
-    assert all(header["source_sha256"][case] == sha for case, sha in lineage["cases"].items())
+    assert all(hashes[case] == sha for case, sha in lineage["cases"].items())
     assert not any(case.startswith("organ_test") for case in lineage["cases"])
 
 

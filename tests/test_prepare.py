@@ -35,7 +35,7 @@ def test_volumes_become_a_store(tmp_path):
     assert list(store.index.columns) == list(INDEX_COLUMNS) and len(store.index) == 4 * 5
     header = store.header
     assert header["labels"] == {"0": "background", "1": "left_part", "2": "right_part"}
-    assert (header["numTraining"], header["numTest"], header["store_version"]) == (4, 0, 1)
+    assert (header["numTraining"], header["numTest"], header["store_version"]) == (4, 0, 2)
     assert header["modality"] == {"0": "MR"} and header["task"]["name"] == "small_task"
     assert header["preprocessing"] == {
         "image_size": 32, "edges": "gradient", "hed_size_px": None, "edge_weights_sha256": "",
@@ -47,7 +47,7 @@ def test_volumes_become_a_store(tmp_path):
     assert np.reshape(row.affine, (4, 4)).diagonal().tolist() == [-0.5, -1, 3, 1]
     assert row.sha256 == sha256_of_files([store.image_path(row)])
     sources = [store.source_dir / row[key] for key in ("source_image", "source_label")]
-    assert header["source_sha256"]["case_000"] == sha256_of_files(sources)
+    assert store.source_sha256()["case_000"] == sha256_of_files(sources) == row.source_sha256
     assert 0.9 < row.foreground_px / (64 * 32 * 32 / (20 * 24)) < 1.1
     assert pd.read_csv(store.store_dir / "rejected.csv").columns.tolist() == ["file", "reason"]
     with Image.open(store.store_dir / "contact_sheet.png") as sheet:

@@ -188,14 +188,3 @@ def test_slice_axis_decides_which_axis_comes_last(tmp_path, axis, depth, spacing
     loaded = CaseDataset(read_source(root, task).cases, task, 16)[0]
     assert loaded.images.shape == (depth, 1, 16, 16)
     assert loaded.spacing_mm == pytest.approx(spacing_mm)
-
-
-def test_radimagenet_tree_lists_images_by_path(tmp_path):
-    for path in ("CT/abd/normal/1.png", "US/gb/stone/1.png", "US/readme.png"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(raw_data.picture(0)[0]).save(tmp_path / path)
-    task = read_task("radimagenet")
-    cases = read_source(tmp_path, task).cases
-    assert [case.name for case in cases] == ["CT_abd_normal_1", "US_gb_stone_1"]
-    loaded = CaseDataset(cases, task, 16)[1]
-    assert loaded.images.shape == (1, 1, 16, 16) and loaded.labels is None

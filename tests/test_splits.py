@@ -83,3 +83,9 @@ def test_an_empty_training_fold_is_an_error():
     single = pd.DataFrame([{"case": "a", "slice": 0, "section": "training", "fold": 0}])
     with pytest.raises(ValueError, match="training fold is empty: 0 cases"):
         select(single, 0, "training")
+
+
+def test_rows_in_no_fold_are_never_held_out():
+    index = _index().assign(fold=-1)
+    assert _cases("training", index, inner_fraction=0) == set(CASES)
+    assert _cases("test", index) == set()

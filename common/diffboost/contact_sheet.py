@@ -45,7 +45,8 @@ def write_contact_sheet(store: SliceStore, path: str | Path, num_slices: int = 8
 
     Source: engineering choice (issue 2, "Data").
     """
-    rows = choose_slices(store.index, num_slices)
+    names = ["case", "slice", "image", "image_root", "label", "edge", "foreground_px"]
+    rows = choose_slices(store.columns(names), num_slices)
     size = store.header["preprocessing"]["image_size"]
     load = LoadSliced(["image", "label", "edge"], image_size=size, allow_missing_keys=True)
     figure = Figure(figsize=(1.8 * len(rows), 6), layout="constrained")

@@ -5,23 +5,28 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from diffboost.conditions.edges import detection_size, load_edge_detector
+from diffboost.conditions.edges import EdgeDetector, detection_size, load_edge_detector
 from diffboost.data.addresses import address_seed
+from diffboost.data.downloads import decathlon_folder, decathlon_places
 from diffboost.data.phantoms import write_decathlon_task, write_radimagenet_tree
-from diffboost.data.slices import read_store
+from diffboost.data.slices import STORE_VERSION, read_store
 from diffboost.data.sources import Case, read_source
 from diffboost.data.splits import assign_folds
-from diffboost.data.tasks import read_task
+from diffboost.data.tasks import change_task, read_task
+from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.store_writer import StoreWriter
+from diffboost.tree_writer import TreeWriter
 
 logger = logging.getLogger(__name__)
 
 PHANTOMS = "phantoms"
 PHANTOM_WRITERS = {"decathlon": write_decathlon_task, "radimagenet": write_radimagenet_tree}
+RECORD = "wanted.json"  # in a partial folder: what it will be
 SMALLEST_PX = 16  # HED halves its input four times
 
 
@@ -39,13 +44,19 @@ def prepare(
     max_rejected_fraction: float = 0.1,
     num_cases: int | None = None,
     include: list[str] | None = None,
+    channel: int | None = None,
+    labels: Mapping[str, list[int]] | None = None,
+    validation_fraction: float = 0.0,
+    download: bool = False,
     phantoms: Mapping | None = None,
     device: str | torch.device = "cpu",
 ) -> Path:
     """Turns a folder of raw images into a slice store.
 
     Everything is written into ``<store_dir>.partial`` and renamed when whole. A store in place
-    with the same task, source and parameters is left as it is.
+    with the same task, source and parameters is left as it is. Of a tree (layout radimagenet) all
+    processes of torch.distributed write edges, and an interrupted run is gone on with; a store of
+    labelled cases is written by the first process and begun anew.
 
     Args:
         dataset_dir: folder of raw data in the task's layout; ``phantoms`` makes the embedded
@@ -62,6 +73,11 @@ def prepare(
         max_rejected_fraction: share of cases in [0, 1] that may be rejected.
         num_cases: prepare this many cases of section training, drawn by seed; None: all.
         include: subfolders to read (layout pairs) in place of the task's; None: the task's.
+        channel: channel to read in place of the task's; None: the task's.
+        labels: name -> source values in place of the task's, see ``change_task``; None: the task's.
+        validation_fraction: share of a tree's images in [0, 1) that become section test, drawn by
+            seed and path; at least one image unless it is 0.
+        download: get the task's data set by MONAI if ``dataset_dir`` does not hold it.
         phantoms: arguments of the phantoms' writer (``num_images``, ``num_training``, …).
         device: where edges are computed.
 
@@ -75,15 +91,21 @@ def prepare(
 
     Source: DiffBoost Sec. 3.2, 3.3; engineering choice (design, "Slice store").
     """
-    task = read_task(task)
-    if include is not None:
-        task["include"] = list(include)
+    task = change_task(read_task(task), channel, labels, include)
+    in_tree = task["layout"] == "radimagenet"
     if image_size < SMALLEST_PX:
         raise ValueError(f"image_size: {image_size}; at least {SMALLEST_PX} pixels are needed")
-    made = str(dataset_dir) == PHANTOMS
+    if validation_fraction and not in_tree or not 0 <= validation_fraction < 1:
+        raise ValueError(
+            f"validation_fraction: {validation_fraction}; in [0, 1) for layout radimagenet, "
+            "0 for others, whose folds hold cases out"
+        )
+    if num_folds < 1:
+        raise ValueError(f"num_folds: {num_folds}; at least 1 is needed")
+    store_dir = Path(store_dir).resolve()
     wanted = {
         "task": task,
-        "source_dir": "source" if made else os.path.abspath(dataset_dir),
+        "source_dir": "source",
         "preprocessing": {
             "image_size": image_size,
             "edges": edges,
@@ -91,39 +113,129 @@ def prepare(
         },
         "num_folds": num_folds,
         "num_cases": num_cases,
-        "phantoms": dict(phantoms or {}) if made else None,
+        "phantoms": dict(phantoms or {}) if str(dataset_dir) == PHANTOMS else None,
         "seed": seed,
     }
-    store_dir = Path(store_dir).resolve()
-    if _in_place(store_dir, wanted):
-        return store_dir
-    if not made:
-        if store_dir.is_relative_to(Path(dataset_dir).resolve()):
-            raise ValueError(
-                f"store_dir: {store_dir} lies inside dataset_dir, where the next run would take "
-                "its pictures for raw data; choose a folder outside"
+    limits = {"num_workers": num_workers, "max_rejected_fraction": max_rejected_fraction}
+    if in_tree:
+        wanted["validation_fraction"] = validation_fraction
+    if in_tree or is_main_process():
+        if wanted["phantoms"] is None:
+            wanted["source_dir"] = os.path.abspath(
+                _find_source(dataset_dir, task, store_dir, download)
             )
-        read_source(dataset_dir, task)  # a wrong folder is named before weights are fetched
-    detector = load_edge_detector(
-        edges, edge_weights, wanted["preprocessing"]["hed_size_px"], device
-    )
+        if not _in_place(store_dir, wanted):
+            _check_source(store_dir, wanted)
+            write = _write_tree if in_tree else _write_cases
+            write(store_dir, wanted, (edge_weights, device), limits)
+    wait_for_processes()
+    return store_dir
+
+
+def _find_source(dataset_dir: str | Path, task: Mapping, store_dir: Path, download: bool) -> Path:
+    """The folder of source files; where the store is in place already, the one that it names."""
+    header_path = store_dir / "dataset.json"
+    if header_path.is_file():
+        found = json.loads(header_path.read_text(encoding="utf-8")).get("source_dir")
+        for place in decathlon_places(dataset_dir, task):
+            if os.path.abspath(place) == found:
+                return place
+    return decathlon_folder(dataset_dir, task, download)
+
+
+def _check_source(store_dir: Path, wanted: Mapping) -> None:
+    """Names a wrong source folder before weights are fetched."""
+    if wanted["phantoms"] is not None:
+        return
+    root = Path(wanted["source_dir"])
+    if store_dir.is_relative_to(root.resolve()):
+        raise ValueError(
+            f"store_dir: {store_dir} lies inside dataset_dir, where the next run would take "
+            "its pictures for raw data; choose a folder outside"
+        )
+    if not root.is_dir():
+        raise FileNotFoundError(f"dataset_dir: no such folder: {root}")
+    if wanted["task"]["layout"] != "radimagenet":
+        read_source(root, wanted["task"])
+
+
+def _load_detector(wanted: Mapping, weights: str | Path | None, device) -> EdgeDetector:
+    """The edge detector; one process fetches its weights before the others look for them."""
+    choice = wanted["preprocessing"]
+    load = partial(load_edge_detector, choice["edges"], weights, choice["hed_size_px"], device)
+    detector = load() if is_main_process() else None
+    wait_for_processes()
+    return detector or load()
+
+
+def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping) -> None:
+    """Writes a store of labelled cases, in this process."""
+    choice = wanted["preprocessing"]
+    detector = load_edge_detector(choice["edges"], edges[0], choice["hed_size_px"], edges[1])
     partial_dir = _new_partial(store_dir)
     try:
-        if made:
-            _make_phantoms(partial_dir / "source", wanted)
         root = partial_dir / wanted["source_dir"]
-        source = read_source(root, task)
-        source.cases = _limit(source.cases, num_cases, num_folds, seed)
+        _make_phantoms(root, wanted)
+        source = read_source(root, wanted["task"])
+        source.cases = _limit(
+            source.cases, wanted["num_cases"], wanted["num_folds"], wanted["seed"]
+        )
         writer = StoreWriter(partial_dir, root, wanted, detector)
-        writer.write_slices(source, num_workers)
-        writer.write_index(max_rejected_fraction)
+        writer.write_slices(source, limits["num_workers"])
+        writer.write_index(limits["max_rejected_fraction"])
         partial_dir.rename(store_dir)
     except BaseException:
         shutil.rmtree(partial_dir)
         raise
-    rows = len(writer.rows)
-    logger.info("%s: %d slices of %d cases", store_dir, rows, len(writer.hashes))
-    return store_dir
+    logger.info("%s: %d slices of %d cases", store_dir, len(writer.rows), writer.num_cases)
+
+
+def _write_tree(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping) -> None:
+    """Writes a tree's store together with all processes; goes on with one that was interrupted."""
+    detector = _load_detector(wanted, *edges)
+    partial_dir = store_dir.with_name(store_dir.name + ".partial")
+    root = partial_dir / wanted["source_dir"]
+    writer = TreeWriter(partial_dir, root, wanted, detector)
+    if is_main_process():
+        _open_partial(store_dir, {**wanted, "weights": detector.weights_sha256})
+        try:
+            _make_phantoms(root, wanted)
+            writer.write_index(**limits)
+        except BaseException:
+            shutil.rmtree(partial_dir)
+            raise
+    wait_for_processes()
+    try:
+        writer.write_edges(limits["num_workers"])
+        wait_for_processes()
+        if is_main_process():
+            num_images = writer.finish(limits["max_rejected_fraction"])
+            partial_dir.rename(store_dir)
+            (store_dir / RECORD).unlink()
+            logger.info("%s: %d images of a tree", store_dir, num_images)
+    except BaseException:
+        logger.warning("%s keeps what is done; run the same again to go on", partial_dir)
+        raise
+
+
+def _open_partial(store_dir: Path, wanted: Mapping) -> None:
+    """Makes a tree's partial folder, or accepts one that an interrupted run of the same left."""
+    wanted = json.loads(json.dumps({**wanted, "store_version": STORE_VERSION}))
+    record = store_dir.with_name(store_dir.name + ".partial") / RECORD
+    if not record.is_file():
+        _new_partial(store_dir)
+        record.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        return
+    found = json.loads(record.read_text(encoding="utf-8"))
+    different = [key for key in wanted if found.get(key) != wanted[key]]
+    if different:
+        first = different[0]
+        raise FileExistsError(
+            f"store_dir: {record.parent} holds an unfinished store: {', '.join(different)} differ "
+            f"({first}: {found.get(first)} there, {wanted[first]} asked for); finish that one, "
+            "remove it, or choose a new folder"
+        )
+    logger.info("%s: going on with what an interrupted run left", record.parent)
 
 
 def _hed_size(edges: str, hed_size_px: int | None, image_size: int) -> int | None:
@@ -168,7 +280,9 @@ def _new_partial(store_dir: Path) -> Path:
 
 
 def _make_phantoms(source_dir: Path, wanted: Mapping) -> None:
-    """Writes the phantom data of the task's layout."""
+    """Writes the phantom data of the task's layout, if phantoms are wanted and not there."""
+    if wanted["phantoms"] is None or source_dir.is_dir():
+        return
     layout = wanted["task"]["layout"]
     if layout not in PHANTOM_WRITERS:
         allowed = ", ".join(PHANTOM_WRITERS)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffboost.conditions.edges import EdgeDetector, join_edges, mask_edges
-from diffboost.conditions.prompts import prompt_from_path, task_prompt
+from diffboost.conditions.prompts import task_prompt
 from diffboost.contact_sheet import write_contact_sheet
 from diffboost.data.loading import CaseDataset, LoadedCase
 from diffboost.data.slices import (
@@ -53,9 +53,8 @@ class StoreWriter:
         self.detector = detector
         self.rows: list[dict] = []
         self.rejected: list[tuple[str, str]] = []
-        self.hashes: dict[str, str] = {}
-        self._pending: list[tuple[dict, torch.Tensor, torch.Tensor | None]] = []
-        self._in_tree = wanted["task"]["layout"] == "radimagenet"
+        self.num_cases = 0
+        self._pending: list[tuple[dict, torch.Tensor, torch.Tensor]] = []
         for name in ("images", "labels", "edges"):
             (store_dir / name).mkdir()
 
@@ -74,7 +73,7 @@ class StoreWriter:
             if isinstance(loaded, str):
                 self.rejected.append((case.image.relative_to(self.root).as_posix(), loaded))
                 continue
-            self.hashes[case.name] = loaded.sha256
+            self.num_cases += 1
             for slice_of_case in self._slices(case, loaded):
                 self._pending.append(slice_of_case)
                 if len(self._pending) == EDGE_BATCH:
@@ -84,12 +83,10 @@ class StoreWriter:
     def _slices(self, case: Case, loaded: LoadedCase) -> Iterator[tuple]:
         """Row, image (1, S, S) and label of every slice of a case; paths come with the writing."""
         relative = case.image.relative_to(self.root)
-        task = self.wanted["task"]
         shared = {
             "case": case.name,
-            "prompt": prompt_from_path(relative)
-            if self._in_tree
-            else task_prompt(task, case.finding),
+            "image_root": "store",
+            "prompt": task_prompt(self.wanted["task"], case.finding),
             "section": case.section,
             "spacing_mm": loaded.spacing_mm,
             "original_shape": loaded.original_shape,
@@ -98,10 +95,10 @@ class StoreWriter:
             "source_label": "|".join(
                 path.relative_to(self.root).as_posix() for path in case.labels
             ),
+            "source_sha256": loaded.sha256,
         }
-        for number, image in enumerate(loaded.images):
-            label = None if loaded.labels is None else loaded.labels[number]
-            foreground = 0 if label is None else int((label > 0).sum())
+        for number, (image, label) in enumerate(zip(loaded.images, loaded.labels, strict=True)):
+            foreground = int((label > 0).sum())
             yield shared | {"slice": number, "foreground_px": foreground}, image, label
 
     def _flush(self) -> None:
@@ -111,22 +108,14 @@ class StoreWriter:
         rows, images, labels = zip(*self._pending, strict=True)
         self._pending = []
         edges = self.detector(torch.stack(images))
-        if labels[0] is not None:
-            edges = join_edges(edges, mask_edges(torch.stack(labels)))
+        edges = join_edges(edges, mask_edges(torch.stack(labels)))
         for row, image, label, edge in zip(rows, images, labels, edges, strict=True):
             name = f"{row['case']}_{row['slice']:04d}.png"
-            row |= {"image": f"images/{name}", "edge": f"edges/{name}", "label": ""}
-            row["image_root"] = "source" if self._in_tree else "store"
+            row |= {key: f"{key}s/{name}" for key in ("image", "label", "edge")}
+            write_image(self.store_dir / row["image"], image[0].numpy())
+            write_label(self.store_dir / row["label"], label[0].numpy())
             write_edge(self.store_dir / row["edge"], edge[0].numpy())
-            if self._in_tree:
-                row["image"] = row["source_image"]
-                row["sha256"] = self.hashes[row["case"]]
-            else:
-                write_image(self.store_dir / row["image"], image[0].numpy())
-                row["sha256"] = sha256_of_files([self.store_dir / row["image"]])
-            if label is not None:
-                row["label"] = f"labels/{name}"
-                write_label(self.store_dir / row["label"], label[0].numpy())
+            row["sha256"] = sha256_of_files([self.store_dir / row["image"]])
             self.rows.append(row)
 
     def write_index(self, max_rejected_fraction: float) -> None:
@@ -138,7 +127,7 @@ class StoreWriter:
         Raises:
             ValueError: more were rejected, or too few cases are left for the folds.
         """
-        self._check_rejected(max_rejected_fraction)
+        check_rejected(self.rejected, self.num_cases, max_rejected_fraction)
         rejected = pd.DataFrame(self.rejected, columns=["file", "reason"])
         rejected.to_csv(self.store_dir / "rejected.csv", index=False)
         index = pd.DataFrame(self.rows)
@@ -149,41 +138,65 @@ class StoreWriter:
         folds = assign_folds(training, num_folds, self.wanted["seed"])
         index["fold"] = index.case.map(folds).fillna(-1).astype(int)
         index[list(INDEX_COLUMNS)].to_parquet(self.store_dir / "index.parquet", index=False)
-        header = json.dumps(self._header(index), indent=2)
-        (self.store_dir / "dataset.json").write_text(header + "\n", encoding="utf-8")
-        write_contact_sheet(read_store(self.store_dir), self.store_dir / "contact_sheet.png")
-
-    def _check_rejected(self, max_rejected_fraction: float) -> None:
-        """Logs what was rejected; raises if that was too much."""
-        total = len(self.rejected) + len(self.hashes)
-        reasons = [f"{file}: {reason}" for file, reason in self.rejected]
-        shown = "; ".join(reasons[:SHOWN_REASONS])
-        shown += f"; and {len(reasons) - SHOWN_REASONS} more" * (len(reasons) > SHOWN_REASONS)
-        if len(self.rejected) > max_rejected_fraction * total or not self.hashes:
-            raise ValueError(
-                f"{len(reasons)} of {total} cases were rejected, max_rejected_fraction "
-                f"{max_rejected_fraction} allows fewer: {shown}"
-            )
-        if reasons:
-            logger.warning("rejected %d of %d cases (rejected.csv): %s", len(reasons), total, shown)
-
-    def _header(self, index: pd.DataFrame) -> dict:
-        """The contents of dataset.json."""
-        task = self.wanted["task"]
-        preprocessing = self.wanted["preprocessing"] | {
-            "edge_weights_sha256": self.detector.weights_sha256
-        }
         sections = index.drop_duplicates("case").section.value_counts()
-        return {
-            "name": task["name"],
-            "description": task["description"],
-            "modality": {"0": task["modality"]},
-            "labels": {"0": "background"}
-            | {str(number): name for number, name in enumerate(task["labels"], start=1)},
-            "numTraining": int(sections.get("training", 0)),
-            "numTest": int(sections.get("test", 0)),
-            "store_version": STORE_VERSION,
-            **self.wanted,
-            "preprocessing": preprocessing,
-            "source_sha256": self.hashes,
-        }
+        finish_store(self.store_dir, self.wanted, self.detector, sections)
+
+
+def check_rejected(
+    rejected: Sequence[tuple[str, str]], num_cases: int, max_rejected_fraction: float
+) -> None:
+    """Logs what was rejected.
+
+    Args:
+        rejected: files and reasons.
+        num_cases: how many cases are good.
+        max_rejected_fraction: share of all in [0, 1] that may be rejected.
+
+    Raises:
+        ValueError: more were rejected, or nothing is left.
+
+    Source: engineering choice (design, "Failure").
+    """
+    total = len(rejected) + num_cases
+    shown = "; ".join(f"{file}: {reason}" for file, reason in rejected[:SHOWN_REASONS])
+    if len(rejected) > SHOWN_REASONS:
+        shown += f"; and {len(rejected) - SHOWN_REASONS} more"
+    if len(rejected) > max_rejected_fraction * total or not num_cases:
+        raise ValueError(
+            f"{len(rejected)} of {total} cases were rejected, max_rejected_fraction "
+            f"{max_rejected_fraction} allows fewer: {shown}"
+        )
+    if rejected:
+        logger.warning("rejected %d of %d cases (rejected.csv): %s", len(rejected), total, shown)
+
+
+def finish_store(
+    store_dir: Path, wanted: Mapping, detector: EdgeDetector, sections: Mapping[str, int]
+) -> None:
+    """Writes dataset.json and the contact sheet of a store whose other files are there.
+
+    Args:
+        store_dir: the store's folder.
+        wanted: task and parameters, as they go into dataset.json.
+        detector: brings the hash of its weights.
+        sections: number of cases of the sections ``training`` and ``test``.
+
+    Source: engineering choice (design, "Slice store").
+    """
+    task = wanted["task"]
+    labels = {"0": "background"}
+    labels |= {str(number): name for number, name in enumerate(task["labels"], start=1)}
+    header = {
+        "name": task["name"],
+        "description": task["description"],
+        "modality": {"0": task["modality"]},
+        "labels": labels,
+        "numTraining": int(sections.get("training", 0)),
+        "numTest": int(sections.get("test", 0)),
+        "store_version": STORE_VERSION,
+        **wanted,
+        "preprocessing": wanted["preprocessing"] | {"edge_weights_sha256": detector.weights_sha256},
+    }
+    text = json.dumps(header, indent=2) + "\n"
+    (store_dir / "dataset.json").write_text(text, encoding="utf-8")
+    write_contact_sheet(read_store(store_dir), store_dir / "contact_sheet.png")

@@ -2,11 +2,13 @@
 
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pyarrow as pa
 import torch
 from monai.data import MetaTensor
 from PIL import Image
@@ -16,19 +18,19 @@ from diffboost.data.slices import sha256_of_files
 from diffboost.data.sources import Case
 from diffboost.data.transforms import LoadSliced, case_preprocessing, intensity_step
 
-BAD_FILE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, zlib.error)
+BAD_FILE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, SyntaxError, zlib.error)
 
 
 @dataclass(frozen=True)
 class LoadedCase:
-    """A case as slices: images (D, 1, S, S) in [-1, 1], labels (D, 1, S, S) uint8 or None.
+    """A case as slices: images (D, 1, S, S) in [-1, 1], labels (D, 1, S, S) uint8.
 
     ``spacing_mm``: 3 floats, oriented H, W, D; ``original_shape``: 3 ints and ``affine``: 16
     floats, as in the file; ``sha256``: hash of the image file and its label files.
     """
 
     images: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor
     spacing_mm: list[float]
     original_shape: list[int]
     affine: list[float]
@@ -57,22 +59,11 @@ class CaseDataset(Dataset):
 
     def __getitem__(self, index: int) -> LoadedCase | str:
         """The case at ``index``, or why it cannot be used."""
+        case = self.cases[index]
         try:
-            if self.task["layout"] == "radimagenet":
-                return self._load_image(self.cases[index])
-            return self._load_case(self.cases[index])
+            return self._load_case(case)
         except BAD_FILE_ERRORS as error:
-            return _unreadable(self.cases[index]) or _reason(error)
-
-    def _load_image(self, case: Case) -> LoadedCase:
-        """A PNG of a RadImageNet tree: kept as it is, resized for its edges alone."""
-        with Image.open(case.image) as file:
-            width, height = file.size
-        image = LoadSliced("image", self.image_size)({"image": case.image})["image"]
-        _check_image(image)
-        affine = np.eye(4).ravel().tolist()
-        digest = sha256_of_files([case.image])
-        return LoadedCase(image[None], None, [1.0] * 3, [height, width, 1], affine, digest)
+            return _unreadable((case.image, *case.labels)) or _reason(error)
 
     def _load_case(self, case: Case) -> LoadedCase:
         """A volume or a 2D image with its label, preprocessed and cut into slices."""
@@ -101,6 +92,55 @@ class CaseDataset(Dataset):
         )
 
 
+class TreeBatches(Dataset):
+    """Images of a tree in fixed batches, sized for their edges.
+
+    Which images share a batch depends on nothing but their rows, so that their edges come out the
+    same for any number of processes, workers and restarts.
+
+    Args:
+        root: the tree.
+        paths: path below ``root`` of every row.
+        batches: numbers of the batches to load; batch b holds rows [b, b + 1) * ``batch_size``.
+        batch_size: rows a batch.
+        image_size: side in pixels.
+
+    Source: engineering choice.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: pa.ChunkedArray,
+        batches: Sequence[int],
+        batch_size: int,
+        image_size: int,
+    ) -> None:
+        self.root = root
+        self.paths = paths
+        self.batches = batches
+        self.batch_size = batch_size
+        self.load = LoadSliced("image", image_size)
+
+    def __len__(self) -> int:
+        """Number of batches to load."""
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[tuple[str, torch.Tensor | str]]:
+        """Path and image (1, S, S) in [-1, 1], or the reason against it, of a batch's rows."""
+        start = int(self.batches[index]) * self.batch_size
+        names = self.paths.slice(start, self.batch_size).to_pylist()
+        return [(name, self._load_image(self.root / name)) for name in names]
+
+    def _load_image(self, path: Path) -> torch.Tensor | str:
+        try:
+            image = self.load({"image": path})["image"]
+            _check_image(image)
+        except BAD_FILE_ERRORS as error:
+            return _unreadable([path]) or _reason(error)
+        return image
+
+
 def _check_image(image: torch.Tensor) -> None:
     """Raises ValueError for an image with NaN or infinite values, or with one value only."""
     if not torch.isfinite(image).all():
@@ -121,9 +161,9 @@ def _check_source(image: MetaTensor, label: MetaTensor, channel: int) -> None:
         raise ValueError("image and label have different directions or spacings in their affines")
 
 
-def _unreadable(case: Case) -> str:
-    """Which file of a case cannot be read and why; "" if all can."""
-    for path in (case.image, *case.labels):
+def _unreadable(paths: Iterable[Path]) -> str:
+    """Which of a case's files cannot be read and why; "" if all can."""
+    for path in paths:
         try:
             if ".nii" in path.name:
                 nib.load(path).get_fdata(dtype=np.float32)

@@ -2,32 +2,49 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffboost.data.items import SliceItems
 from diffboost.data.splits import select
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 INDEX_COLUMNS = (
     "case", "slice", "image", "label", "edge", "image_root", "prompt", "section", "fold",
     "spacing_mm", "original_shape", "affine", "foreground_px", "sha256", "source_image",
-    "source_label",
+    "source_label", "source_sha256",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SliceStore:
-    """A slice store that was read: its folder, its dataset.json and its index (a row a slice)."""
+    """A slice store: its folder, its dataset.json and its index (a row a slice), read when used."""
 
     store_dir: Path
     header: dict
-    index: pd.DataFrame
+
+    @cached_property
+    def index(self) -> pd.DataFrame:
+        """The whole index; of a tree with a million images rather read some ``columns``."""
+        return pd.read_parquet(self.store_dir / "index.parquet")
+
+    def columns(self, names: Sequence[str]) -> pd.DataFrame:
+        """Some columns of the index, backed by Arrow: a hundred bytes a row, not a thousand."""
+        table = pq.read_table(self.store_dir / "index.parquet", columns=list(names))
+        return table.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
+
+    def source_sha256(self) -> dict[str, str]:
+        """The hash of every case's source files (image and labels)."""
+        rows = self.columns(["case", "source_sha256"]).drop_duplicates("case")
+        return dict(zip(rows["case"], rows.source_sha256, strict=True))
 
     @property
     def source_dir(self) -> Path:
@@ -50,7 +67,7 @@ class SliceStore:
 
 
 def read_store(store_dir: str | Path) -> SliceStore:
-    """Reads a slice store's header and index.
+    """Reads a slice store's header; its index is read when it is used.
 
     Args:
         store_dir: folder that ``prepare`` wrote.
@@ -78,7 +95,7 @@ def read_store(store_dir: str | Path) -> SliceStore:
             f"store_dir: {store_dir} has store_version {version}, this program reads version "
             f"{STORE_VERSION}; run prepare again into a new folder"
         )
-    return SliceStore(store_dir, header, pd.read_parquet(index_path))
+    return SliceStore(store_dir, header)
 
 
 def write_image(
@@ -121,7 +138,8 @@ def write_edge(path: str | Path, edge: np.ndarray) -> None:
 
     Source: engineering choice (design, "Slice store").
     """
-    Image.fromarray(np.round(np.clip(edge, 0, 1) * 255).astype(np.uint8)).save(path)
+    levels = np.round(np.clip(edge, 0, 1) * 255).astype(np.uint8)
+    Image.fromarray(levels).save(path, format="PNG")
 
 
 def sha256_of_files(paths: Iterable[str | Path]) -> str:
@@ -148,8 +166,8 @@ def slice_items(
     inner_fraction: float = 0.2,
     num_cases: int | None = None,
     seed: int = 0,
-) -> list[dict]:
-    """The slices of one part of a fold, a dictionary a slice.
+) -> SliceItems:
+    """The slices of one part of a fold, a dictionary a slice, made when it is asked for.
 
     Args:
         store_dir: a slice store.
@@ -162,7 +180,7 @@ def slice_items(
 
     Returns:
         Dictionaries with ``image``, ``edge`` and (where there is one) ``label``: absolute paths as
-        str; ``prompt``, ``case``: str; ``slice``: int.
+        str; ``prompt``, ``case``, ``sha256`` (of the image): str; ``slice``: int.
 
     Raises:
         FileNotFoundError: no slice store at ``store_dir``.
@@ -171,20 +189,15 @@ def slice_items(
     Source: DiffBoost Sec. 4.1 (slices with more than 20 foreground pixels; facts, item 14).
     """
     store = read_store(store_dir)
-    rows = select(store.index, fold, part, inner_fraction, seed, num_cases)
+    index = store.columns(["case", "section", "fold", "foreground_px"])
+    rows = select(index, fold, part, inner_fraction, seed, num_cases)
     rows = rows[rows.foreground_px >= min_foreground_px]
     if rows.empty:
         raise ValueError(
             f"{store.store_dir}: no slice of part '{part}' of fold {fold} has min_foreground_px "
             f"{min_foreground_px} or more"
         )
-    items = []
-    for row in rows.to_dict("records"):
-        item = {"image": str(store.image_path(row)), "edge": str(store.path(row["edge"]))}
-        if row["label"]:
-            item["label"] = str(store.path(row["label"]))
-        items.append(item | {key: row[key] for key in ("prompt", "case", "slice")})
-    return items
+    return SliceItems(store.store_dir, store.header, rows.index.to_numpy())
 
 
 def case_items(

@@ -1,10 +1,10 @@
-"""Readers of raw data: Decathlon folders, image and mask pairs, RadImageNet trees."""
+"""Readers of raw data with labels: Decathlon folders, and pairs of image and mask."""
 
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def read_source(dataset_dir: str | Path, task: Mapping) -> Source:
     root = Path(os.path.abspath(dataset_dir))
     if not root.is_dir():
         raise FileNotFoundError(f"dataset_dir: no such folder: {root}")
-    readers = {"decathlon": _decathlon, "pairs": _pairs, "radimagenet": _radimagenet}
+    readers = {"decathlon": _decathlon, "pairs": _pairs}
     source = readers[task["layout"]](root, task)
     if not source.cases:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in source.rejected[:3])
@@ -69,13 +69,19 @@ def read_source(dataset_dir: str | Path, task: Mapping) -> Source:
 
 _EXPECTED = (
     "Expected is, by layout: decathlon: dataset.json with a list 'training'; pairs: NAME.png with "
-    "NAME_mask.png, or folders images and masks; radimagenet: modality/organ/finding/*.png"
+    "NAME_mask.png, or folders images and masks"
 )
 
 
-def _unique_names(stems: Iterable[str]) -> list[str]:
-    """File-name safe names; a repeated one gets a number behind it."""
-    names, seen = [], set()
+def unique_names(stems: Iterable[str]) -> Iterator[str]:
+    """File-name safe names; a repeated one gets a number behind it.
+
+    Args:
+        stems: what the names are made of.
+
+    Source: engineering choice.
+    """
+    seen: set[str] = set()
     for stem in stems:
         slug = re.sub(r"[^A-Za-z0-9]+", "_", stem).strip("_") or "case"
         name, number = slug, 1
@@ -83,8 +89,7 @@ def _unique_names(stems: Iterable[str]) -> list[str]:
             number += 1
             name = f"{slug}_{number}"
         seen.add(name)
-        names.append(name)
-    return names
+        yield name
 
 
 def _inside(root: Path, relative: object) -> Path:
@@ -128,7 +133,7 @@ def _decathlon(root: Path, task: Mapping) -> Source:
                 ]
             else:
                 found.append((image, label, section))
-    names = _unique_names(image.name.split(".nii")[0] for image, _, _ in found)
+    names = unique_names(image.name.split(".nii")[0] for image, _, _ in found)
     source.cases = [
         Case(name, image, (label,), section)
         for name, (image, label, section) in zip(names, found, strict=True)
@@ -166,7 +171,7 @@ def _pairs(root: Path, task: Mapping) -> Source:
             found.append((path, tuple(labels), relative.parent.name))
         else:
             source.rejected.append((str(path.relative_to(root)), "no mask for this image"))
-    names = _unique_names(path.stem for path, _, _ in found)
+    names = unique_names(path.stem for path, _, _ in found)
     source.cases = [
         Case(name, path, labels, "training", finding)
         for name, (path, labels, finding) in zip(names, found, strict=True)
@@ -183,15 +188,3 @@ def _included(images: list[Path], root: Path, include: Iterable[str] | None) -> 
         if name not in folders:
             raise ValueError(f"include: no images in '{root / name}'; {nearest(name, folders)}")
     return [path for path in images if path.relative_to(root).parts[0] in set(include)]
-
-
-def _radimagenet(root: Path, task: Mapping) -> Source:
-    """Cases of a tree modality/organ/finding/*.png: no labels."""
-    files = sorted(root.glob("*/*/*/*.png"))
-    paths = [path.relative_to(root) for path in files]
-    names = _unique_names("_".join(path.with_suffix("").parts) for path in paths)
-    cases = [
-        Case(name, file, (), "training", file.parent.name)
-        for name, file in zip(names, files, strict=True)
-    ]
-    return Source(cases)

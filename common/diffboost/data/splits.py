@@ -49,8 +49,9 @@ def select(
     """The rows of one part of a fold; whole cases, never single slices.
 
     If any row has section "test", those rows are the test part and every fold trains on the whole
-    section "training". Otherwise the test part is the fold's rows. ``num_cases`` limits the
-    training fold first; the inner validation part is then drawn from the cases that are left.
+    section "training". Otherwise the test part is the fold's rows; rows of fold -1 are in no fold
+    and never held out. ``num_cases`` limits the training fold first; the inner validation part is
+    then drawn from the cases that are left.
 
     Args:
         index: a slice store's index (columns case, section, fold).
@@ -78,6 +79,8 @@ def select(
     test = _test_rows(index, fold)
     if part == "test":
         return index[test]
+    if not inner_fraction and num_cases is None and part != "inner_validation" and not test.all():
+        return index[~test]  # the same without listing a million names
     cases = index.case[~test].unique()
     if num_cases is not None:
         if not 0 < num_cases <= len(cases):
@@ -105,7 +108,8 @@ def _test_rows(index: pd.DataFrame, fold: int) -> pd.Series:
     test = index.section == "test"
     if test.any():
         return test
-    if fold not in set(index.fold):
-        folds = ", ".join(str(number) for number in sorted(index.fold.unique()))
-        raise ValueError(f"fold: {fold}; the store has the folds {folds}")
+    folds = sorted(number for number in index.fold.unique() if number >= 0)
+    if folds and fold not in folds:
+        there = ", ".join(str(number) for number in folds)
+        raise ValueError(f"fold: {fold}; the store has the folds {there}")
     return index.fold == fold

@@ -17,6 +17,8 @@ INTENSITY_KEYS = {
     "window": ("low_hu", "high_hu"),
     "range": ("low", "high"),
 }
+INTENSITY_PER = ("volume", "slice")  # of which percentiles are taken
+PROMPT_ORDERS = ("modality_first", "organ_first")
 DEFAULTS = {
     "description": "",
     "modality": "",
@@ -27,7 +29,10 @@ DEFAULTS = {
     "channel": 0,
     "slice_axis": "axial",
     "intensity": {"policy": "percentile", "lower": 0.5, "upper": 99.5},
+    "intensity_per": "volume",
+    "prompt_order": "modality_first",
     "include": None,
+    "download": None,
 }
 REQUIRED = ("name", "layout")
 
@@ -49,7 +54,7 @@ def read_task(task: str | Path | Mapping) -> dict:
     Returns:
         A new dictionary with the keys name, layout, description, modality, organ, finding,
         labels (ordered name -> source values of class 1, 2, …), drop, channel, slice_axis,
-        intensity and include.
+        intensity, include and download (the Medical Segmentation Decathlon's name of the data).
 
     Raises:
         FileNotFoundError: no such name or file; the nearest name is suggested.
@@ -84,9 +89,61 @@ def read_task(task: str | Path | Mapping) -> dict:
     return full
 
 
+def change_task(
+    task: Mapping,
+    channel: int | None = None,
+    labels: Mapping[str, list[int]] | None = None,
+    include: list[str] | None = None,
+) -> dict:
+    """A task with another channel, other labels or other subfolders.
+
+    Args:
+        task: a task as ``read_task`` gives it.
+        channel: channel to read; None keeps the task's.
+        labels: name -> source values in place of the task's (one zone, or each zone a class); the
+            task's source values that are not named any more become background. None keeps all.
+        include: subfolders to read; None keeps the task's.
+
+    Returns:
+        A new, checked task.
+
+    Raises:
+        ValueError: a value that is not allowed, or a source value that the task does not have.
+
+    Source: facts 35 (MSD prostate has two channels and two zones).
+    """
+    changed = dict(task)
+    if channel is not None:
+        changed["channel"] = channel
+    if include is not None:
+        changed["include"] = list(include)
+    if labels is not None:
+        if not isinstance(labels, Mapping):
+            raise ValueError(f"labels: {labels!r}; a mapping is needed, e.g. {{lesion: [1]}}")
+        changed["labels"] = dict(labels)
+    changed = read_task(changed)
+    if labels is not None:
+        known = {value for values in task["labels"].values() for value in values} | set(
+            task["drop"]
+        )
+        named = {value for values in changed["labels"].values() for value in values}
+        if named - known:
+            raise ValueError(
+                f"labels: {dict(labels)}: task '{task['name']}' has the source values "
+                f"{sorted(known)}, not {sorted(named - known)}"
+            )
+        changed["drop"] = sorted(known - named)
+    return changed
+
+
 def _check_values(task: dict, origin: str) -> None:
     """Raises ValueError, naming the key, for a value that is not allowed."""
-    for key, allowed in (("layout", LAYOUTS), ("slice_axis", AXCODES)):
+    for key, allowed in (
+        ("layout", LAYOUTS),
+        ("slice_axis", AXCODES),
+        ("intensity_per", INTENSITY_PER),
+        ("prompt_order", PROMPT_ORDERS),
+    ):
         if task[key] not in allowed:
             raise ValueError(f"{origin}: {key} '{task[key]}'; {nearest(task[key], allowed)}")
     if not isinstance(task["channel"], int) or task["channel"] < 0:

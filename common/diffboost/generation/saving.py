@@ -1,7 +1,5 @@
 """Averaged weights, ``model.pt`` and the lineage beside it."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +8,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 from tqdm import tqdm
 
+from diffboost.data.items import SliceItems
 from diffboost.data.slices import read_store
 from diffboost.generation.backbones import (
     backbone_sha256,
@@ -17,13 +16,14 @@ from diffboost.generation.backbones import (
     resolve_backbone,
     write_backbone,
 )
+from diffboost.generation.lineage import hash_cases, read_lineage, write_lineage
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
-from diffboost.handlers import is_main_process, save_weights, write_aside
+from diffboost.handlers import is_main_process, save_weights
 
 
 def trace_lineage(
     store_dir: str,
-    data: Sequence[dict],
+    data: SliceItems,
     backbone: str,
     train_base: bool,
     fold: int | None = None,
@@ -34,38 +34,39 @@ def trace_lineage(
 
     Args:
         store_dir: the slice store.
-        data: the training items, with ``case``.
+        data: the training slices.
         backbone: the backbone's name; its ``lineage.json``, if it brings one, is an ancestor.
         train_base: whether the UNet is trained too.
         fold: fold that the items come from, None where folds do not matter.
         seed: the run's seed.
         weights: a ``model.pt`` that training starts from; its ``lineage.json`` is an ancestor.
 
+    Returns:
+        What ``write_lineage`` writes; ``cases`` see ``hash_cases``.
+
     Source: engineering choice (design, "lineage").
     """
-    header = read_store(store_dir).header
-    cases = sorted({item["case"] for item in data})
     ancestors = [Path(resolve_backbone(backbone)) / "lineage.json"]
     if weights is not None:
         ancestors.append(Path(weights).with_name("lineage.json"))
     return {
-        "store": header["name"],
-        "prompts": sorted({item["prompt"] for item in data}),
+        "store": read_store(store_dir).header["name"],
+        "prompts": data.unique("prompt"),
         "fold": fold,
         "seed": seed,
-        "cases": {case: header["source_sha256"][case] for case in cases},
+        "cases": hash_cases(data),
         "backbone": Path(backbone).name if Path(backbone).is_dir() else backbone,
         "backbone_sha256": backbone_sha256(backbone),
         "train_base": train_base,
-        "ancestors": [json.loads(path.read_text()) for path in ancestors if path.is_file()],
+        "ancestors": [read_lineage(path) for path in ancestors if path.is_file()],
     }
 
 
 class AveragedWeightsSaver:
     """Keeps an exponential moving average of the trained weights and saves it with its lineage.
 
-    Writes ``model.pt`` (averaged, plain state dict) and ``lineage.json`` into ``output_dir`` every
-    ``interval`` epochs and at the end.
+    Writes ``model.pt`` (averaged, plain state dict) and ``lineage.json`` (with its table, if the
+    cases are many) into ``output_dir`` every ``interval`` epochs and at the end.
 
     Args:
         network: the network in training; its parameters that require gradients are averaged.
@@ -109,8 +110,7 @@ class AveragedWeightsSaver:
         save_weights(self.network, self.output_dir / "model.pt")
         self.average.restore(self.parameters)
         lineage = {**self.lineage, "steps": engine.state.iteration}
-        text = json.dumps(lineage, indent=1, sort_keys=True) + "\n"
-        write_aside(self.output_dir / "lineage.json", lambda path: path.write_text(text))
+        write_lineage(self.output_dir / "lineage.json", lineage)
 
 
 def export_autoencoder(
@@ -160,7 +160,7 @@ def export_backbone(generator_dir: str, backbone: str, output_dir: str) -> Path:
 
     Source: engineering choice.
     """
-    lineage = json.loads((Path(generator_dir) / "lineage.json").read_text())
+    lineage = read_lineage(Path(generator_dir) / "lineage.json")
     network = ControlledUNet(
         backbone, lineage["train_base"], weights=str(Path(generator_dir) / "model.pt")
     )

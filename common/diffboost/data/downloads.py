@@ -1,0 +1,71 @@
+"""The data sets of the Medical Segmentation Decathlon: found in a local folder, or downloaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from monai.apps import DecathlonDataset, download_and_extract
+
+from diffboost.knobs import nearest
+
+
+def decathlon_places(dataset_dir: str | Path, task: Mapping) -> list[Path]:
+    """Where a task's data set may lie: ``dataset_dir``, and the data set's folder in it.
+
+    Args:
+        dataset_dir: the data set's own folder, or the one that holds it.
+        task: a task as ``read_task`` gives it.
+
+    Source: engineering choice.
+    """
+    folder, name = Path(dataset_dir), task["download"]
+    return [folder] if name in (None, folder.name) else [folder, folder / name]
+
+
+def decathlon_folder(dataset_dir: str | Path, task: Mapping, download: bool = False) -> Path:
+    """The folder of a task's data set: ``dataset_dir``, or a folder of the data set's name in it.
+
+    Args:
+        dataset_dir: the data set's own folder, or the folder that holds it or will get it.
+        task: a task as ``read_task`` gives it; its key ``download`` names the data set.
+        download: get it by MONAI (archive of known MD5, kept beside the folder) if it is not there.
+
+    Returns:
+        Folder with dataset.json; ``dataset_dir`` itself where the task names no data set.
+
+    Raises:
+        ValueError: ``download`` for a task that names no data set, or an unknown name.
+        FileNotFoundError: not there, or the download failed; says where it was looked for and the
+            address.
+
+    Source: engineering choice (MONAI's DecathlonDataset).
+    """
+    name = task["download"]
+    dataset_dir = Path(dataset_dir)
+    if name is None:
+        if download:
+            raise ValueError(f"download: task '{task['name']}' names no data set to download")
+        return dataset_dir
+    if name not in DecathlonDataset.resource:
+        raise ValueError(f"task: download '{name}'; {nearest(name, DecathlonDataset.resource)}")
+    parent = dataset_dir.parent if dataset_dir.name == name else dataset_dir
+    for folder in decathlon_places(dataset_dir, task):
+        if (folder / "dataset.json").is_file():
+            return folder
+    if dataset_dir.is_dir() and any(dataset_dir.iterdir()) and not download:
+        return dataset_dir  # other data: the reader says what it lacks
+    url = DecathlonDataset.resource[name]
+    looked = f"dataset_dir: no dataset.json in {dataset_dir} nor in {parent / name}"
+    if not download:
+        raise FileNotFoundError(
+            f"{looked}; set download to True, or unpack {url} (MD5 {DecathlonDataset.md5[name]})"
+        )
+    try:
+        download_and_extract(
+            url, parent / f"{name}.tar", parent, DecathlonDataset.md5[name], "md5", progress=False
+        )
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{looked}, and {url} could not be downloaded ({error}); get that file on a machine "
+            f"with a network and lay it into {parent}"
+        ) from error
+    return parent / name

@@ -1,0 +1,137 @@
+"""The slices of a store as a lazy sequence: Arrow columns in memory, a dictionary on demand."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+ITEM_COLUMNS = ("image", "image_root", "edge", "label", "prompt", "case", "slice", "sha256")
+REPEATED = ["image_root", "label", "prompt", "section", "source_sha256"]  # few different values
+BLOCK_ROWS = 4096
+
+
+class SliceItems(Sequence):
+    """Slices of a store, each a dictionary that is made when it is asked for.
+
+    A row takes some 300 bytes of Arrow columns, which forked loader workers share; a pickled copy
+    (spawned workers) reads the index again.
+
+    Args:
+        store_dir: the store's absolute folder, with ``index.parquet``.
+        header: contents of its dataset.json.
+        rows: int (N,), rows of the index in ascending order.
+
+    Source: engineering choice (issue 3: memory does not grow with the index).
+    """
+
+    def __init__(self, store_dir: Path, header: Mapping, rows: np.ndarray) -> None:
+        self.store_dir = Path(store_dir)
+        self.header = header
+        self.rows = np.asarray(rows)
+        self._table = pq.read_table(
+            self.store_dir / "index.parquet", columns=list(ITEM_COLUMNS), read_dictionary=REPEATED
+        )
+
+    def __reduce__(self) -> tuple:
+        """Pickles folder and rows; the columns are read again."""
+        return type(self), (self.store_dir, self.header, self.rows)
+
+    def __len__(self) -> int:
+        """Number of slices."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice) -> "dict | SliceItems":
+        """One item, or the items of a slice of the sequence with the same columns."""
+        if isinstance(index, slice):
+            part = SliceItems.__new__(SliceItems)
+            part.__dict__ |= self.__dict__ | {"rows": self.rows[index]}
+            return part
+        row = int(self.rows[index])
+        return self._item({name: self._table[name][row].as_py() for name in ITEM_COLUMNS})
+
+    def __iter__(self) -> Iterator[dict]:
+        """All items, some thousand at a time out of Arrow."""
+        for start in range(0, len(self.rows), BLOCK_ROWS):
+            for row in self._block(self.rows[start : start + BLOCK_ROWS]).to_pylist():
+                yield self._item(row)
+
+    def _block(self, rows: np.ndarray) -> pa.Table:
+        """The columns of some rows near each other."""
+        first, last = int(rows.min()), int(rows.max())
+        return self._table.slice(first, last - first + 1).take(pa.array(rows - first))
+
+    def _item(self, row: dict) -> dict:
+        root = self.header["source_dir"] if row["image_root"] == "source" else ""
+        item = {
+            "image": str(self.store_dir / root / row["image"]),
+            "edge": str(self.store_dir / row["edge"]),
+        }
+        if row["label"]:
+            item["label"] = str(self.store_dir / row["label"])
+        return item | {key: row[key] for key in ("prompt", "case", "slice", "sha256")}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the columns and the row numbers."""
+        return self._table.nbytes + self.rows.nbytes
+
+    def unique(self, name: str) -> list:
+        """Sorted different values of a column.
+
+        Args:
+            name: a column of :data:`ITEM_COLUMNS`.
+
+        Source: engineering choice.
+        """
+        column = self._table[name].take(pa.array(self.rows))
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        return pc.unique(column).sort().to_pylist()
+
+    def cases(self) -> list[str]:
+        """Sorted names of the cases, each once.
+
+        Source: engineering choice.
+        """
+        return self.unique("case")
+
+    def case_hashes(self) -> pa.Table:
+        """The hash of every case's source files.
+
+        Returns:
+            Columns ``case`` and ``sha256`` (str), a row a case, sorted.
+
+        Source: engineering choice (design, "lineage").
+        """
+        table = pq.read_table(
+            self.store_dir / "index.parquet", columns=["case", "source_sha256"]
+        ).take(pa.array(self.rows))
+        hashes = table.group_by("case").aggregate([("source_sha256", "min")])
+        hashes = hashes.select(["case", "source_sha256_min"]).rename_columns(["case", "sha256"])
+        return hashes.sort_by("case").combine_chunks()
+
+    def fingerprint(self) -> str:
+        """Hash of what images and edges hold, from the index alone, as 64 hexadecimal digits.
+
+        An edge map follows from the case's source files, the slice's number, the task and the
+        preprocessing; so no file is read again.
+
+        Source: engineering choice.
+        """
+        described = [self.header[key] for key in ("task", "preprocessing")]
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+        columns = ["sha256", "source_sha256", "slice", "prompt"]
+        file = pq.ParquetFile(self.store_dir / "index.parquet")
+        start = 0
+        for batch in file.iter_batches(batch_size=1 << 16, columns=columns):
+            first, last = np.searchsorted(self.rows, (start, start + len(batch)))
+            chosen = batch.take(pa.array(self.rows[first:last] - start))
+            start += len(batch)
+            for row in zip(*(chosen[name].to_pylist() for name in columns), strict=True):
+                digest.update("\x1f".join(map(str, row)).encode() + b"\n")
+        return digest.hexdigest()
