@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from diffboost.experiments import bundle_run, read_experiment, task_path
+from diffboost.experiments import read_experiment, task_path
+from diffboost.stages import bundle_run, stage_configs
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = {
@@ -16,7 +18,13 @@ CONFIG = {
     "learning_rate": 1.0e-3,
     "prompt_weights": {"style": 0.0},
     "merge": "logits",
+    "alpha": 0.6,
+    "ratio": 8,
+    "num_variants": None,
+    "channels": [16, 32],
 }
+PAPER = {"segmentation": {"epochs": 100, "alpha": 0.5}, "synthesis": {"ratio": 50}}
+BOTH = {"arms": ["baseline", "diffboost"]}
 GOOD = {"name": "x", "task": "phantom_organ", "dataset_dir": "phantoms", "arms": ["baseline"]}
 
 
@@ -24,13 +32,19 @@ GOOD = {"name": "x", "task": "phantom_organ", "dataset_dir": "phantoms", "arms":
 def read(tmp_path):
     """Reads GOOD with some keys changed; a key changed to None is left out."""
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(CONFIG))
-    sections = ("prepare", "finetune", "synthesis", "segmentation")
+    for network in ("unet", "swin_unetr"):
+        (tmp_path / f"network_{network}.yaml").write_text("{}")
+    protocols = tmp_path / "protocols"
+    protocols.mkdir()
+    for name, knobs in (("sound", {}), ("paper", PAPER)):
+        (protocols / f"{name}.yaml").write_text(yaml.safe_dump(knobs))
+    sections = ("prepare", "finetune", "synthesis", "segmentation", "pretrain.train")
     configs = dict.fromkeys(sections, tmp_path / "train.yaml")
 
     def read(**changes):
         written = {key: value for key, value in (GOOD | changes).items() if value is not None}
         (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(written))
-        return read_experiment(tmp_path / "experiment.yaml", configs)
+        return read_experiment(tmp_path / "experiment.yaml", configs, protocols)
 
     return read
 
@@ -47,7 +61,31 @@ def test_defaults_are_filled_in(read):
         ({"bakbone": "tiny"}, "unknown key 'bakbone' ('tiny'); did you mean 'backbone'"),
         ({"arms": None}, "`arms` is missing"),
         ({"name": "../x"}, "name: '../x'; allowed: letters"),
-        ({"protocol": "paper"}, "protocol: 'paper'; allowed so far: sound"),
+        ({"protocol": "papr"}, "protocol: 'papr' is unknown; did you mean 'paper'?"),
+        ({"arms": ["baseline", "synthetic_then"]}, "did you mean 'synthetic_then_real'"),
+        ({"network": "swinunetr"}, "did you mean 'swin_unetr'? allowed: attention_unet, swin"),
+        ({"network": ["unet", "unet"]}, "network: ['unet', 'unet']; a name or different names"),
+        ({"scale": "sd"}, "scale: 'sd'; did you mean 'sd15'? allowed: sd15, tiny"),
+        ({"processes": 0}, "processes: 0; a whole number from 1 up"),
+        ({"ablation_folds": [1]}, "ablation_folds: 1 is none of folds"),
+        ({"pretrain": {"trian": {}}}, "pretrain: unknown key 'trian' ({}); did you mean 'train'"),
+        ({"pretrain": {"train": {"epoch": 1}}}, "pretrain: train: unknown key 'epoch' (1)"),
+        ({"synthesis": {"ratio": [8, 8]}}, "ratio: [8, 8]; an ablation is a list of different"),
+        ({"synthesis": {"ratio": []}}, "ratio: []; an ablation is a list of different"),
+        (BOTH | {"synthesis": {"ratio": [8, "2"]}}, "ratio: '2'; a number is needed"),
+        ({"synthesis": {"ratio": [8, 2]}}, "acts on arm diffboost alone, which is not among"),
+        (
+            BOTH | {"synthesis": {"ratio": [8, 2]}, "segmentation": {"num_variants": 2}},
+            "num_variants: is decided by the list of ratio",
+        ),
+        (
+            BOTH | {"synthesis": {"epochs": [1, 2]}, "segmentation": {"epochs": [1, 2]}},
+            "epochs: a list in synthesis and in segmentation",
+        ),
+        (
+            BOTH | {"segmentation": {"merge": ["logits", "a b", "a/b"]}},
+            "would share the folder ablation/merge=a_b/",
+        ),
         ({"arms": ["baseline", "mirorr"]}, "arm: 'mirorr' is unknown; did you mean 'mirror'"),
         ({"arms": ["mirror"]}, "`baseline` must be one of them"),
         ({"arms": "baseline"}, "arms: 'baseline'; a list"),
@@ -57,7 +95,10 @@ def test_defaults_are_filled_in(read):
         ({"image_size": "64"}, "image_size: '64'; a whole number from 8 up"),
         ({"num_folds": 1}, "num_folds: 1; a whole number from 2 up"),
         ({"finetune": {"epoch": 5}}, "finetune: unknown key 'epoch' (5); did you mean 'epochs'"),
-        ({"segmentation": {"epochs": [5, 9]}}, "ablations over a list of values are not built yet"),
+        (
+            {"finetune": {"epochs": [5, 9]}},
+            "lists are ablations in synthesis and segmentation only",
+        ),
         ({"segmentation": {"learning_rate": "1e-5"}}, "a number is needed (1.0e-5, not 1e-5)"),
         ({"segmentation": {"merge": {"a": 1}}}, "merge: {'a': 1}; one value is needed"),
         ({"synthesis": 8}, "synthesis: 8; `key: value` lines"),
@@ -100,6 +141,42 @@ def test_bundle_run_quotes_and_leaves_out_what_is_none():
     )
 
 
+def test_the_file_wins_over_its_protocol_and_that_over_the_config(read):
+    experiment = read(protocol="paper", segmentation={"alpha": 0.7})
+    assert experiment.segmentation == {"epochs": 100, "alpha": 0.7}
+    assert experiment.synthesis == {"ratio": 50}
+    assert read(segmentation={"alpha": 0.7}).segmentation == {"alpha": 0.7}
+
+
+def test_lists_become_ablations_and_their_first_value_the_base(read):
+    written = BOTH | {"synthesis": {"ratio": [8, 2]}, "network": ["unet", "attention_unet"]}
+    experiment = read(**written, segmentation={"alpha": [0.2, 0.6], "epochs": 4})
+    assert experiment.segmentation == {"alpha": 0.2, "epochs": 4}
+    assert experiment.synthesis == {"ratio": 8}
+    assert experiment.ablations == {
+        "synthesis": {"ratio": [8, 2]},
+        "segmentation": {"alpha": [0.2, 0.6]},
+    }
+    assert experiment.networks == ["unet", "attention_unet"]
+
+
+def test_a_knob_that_is_a_list_is_ablated_by_a_list_of_lists(read):
+    assert read(segmentation={"channels": [8, 16]}).segmentation == {"channels": [8, 16]}
+    experiment = read(segmentation={"channels": [[8, 16], [4, 8]]})
+    assert experiment.segmentation == {"channels": [8, 16]}
+    assert experiment.ablations == {"segmentation": {"channels": [[8, 16], [4, 8]]}}
+
+
+def test_what_is_recorded_reads_the_same_again(read):
+    written = BOTH | {
+        "synthesis": {"ratio": [8, 2]},
+        "segmentation": {"channels": [[8, 16], [4, 8]]},
+    }
+    experiment = read(**written)
+    recorded = {key: value for key, value in asdict(experiment).items() if value is not None}
+    assert read(**recorded) == experiment
+
+
 def test_bundle_run_refuses_a_knob_that_the_study_sets():
     with pytest.raises(ValueError, match="`fold` .value 2. is set by the study"):
         bundle_run(["x/configs/train.yaml"], {"fold": 1}, {"fold": 2})
@@ -107,12 +184,4 @@ def test_bundle_run_refuses_a_knob_that_the_study_sets():
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "workflow/experiments").glob("*.yaml")))
 def test_shipped_experiments_are_valid(path):
-    bundles = REPOSITORY / "bundles"
-    configs = {
-        "prepare": bundles / "task_finetune/configs/prepare.yaml",
-        "finetune": bundles / "task_finetune/configs/train.yaml",
-        "synthesis": bundles / "diffboost_synthesis/configs/inference.yaml",
-        "segmentation": bundles / "diffboost_segmentation/configs/train.yaml",
-    }
-    experiment = read_experiment(path, configs)
-    assert experiment.name == path.stem
+    assert read_experiment(path, stage_configs()).name == path.stem

@@ -65,7 +65,7 @@ def run_dir(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "small"
     run_dir.mkdir()
     write_store(run_dir / "store")
-    write_variants_of_store(run_dir / "store", run_dir / "fold0" / "synthetic")
+    write_variants_of_store(run_dir / "store", run_dir / "fold0" / "synthetic_store")
     (run_dir / "fold0" / "generator").mkdir()
     log = pd.DataFrame({"epoch": [1, 2], "train_loss": [0.3, 0.2], "seconds": [1, 2]})
     log.to_csv(run_dir / "fold0" / "generator" / "training_log.csv", index=False)
@@ -82,7 +82,7 @@ def run_dir(tmp_path_factory):
         text = f"s\th:m:s\tmax_rss\n{time}\t0:00:03\t{memory}\n"
         (run_dir / "benchmarks" / f"{name}.tsv").write_text(text)
     experiment = {"name": "small <b>", "protocol": "sound", "task": "balls", "arms": ARMS}
-    experiment |= {"folds": [0], "seeds": [0, 1]}
+    experiment |= {"dataset_dir": "balls", "folds": [0], "seeds": [0, 1]}
     (run_dir / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     write_report(run_dir)
     return run_dir
@@ -148,7 +148,8 @@ def test_the_summary_has_the_form_that_machines_read(run_dir):
 
 def test_all_metrics_stand_in_one_file(run_dir):
     metrics = pd.read_csv(run_dir / "metrics.csv")
-    assert list(metrics) == ["arm", "fold", "seed", "case", "label", "metric", "value"]
+    columns = ["arm", "fold", "seed", "case", "label", "metric", "value", "knob", "knob_value"]
+    assert list(metrics) == columns
     assert len(metrics) == 2 * 2 * len(metric_rows("baseline", 0))
     figures, _ = summarize(metrics, ARMS)
     assert figures["diffboost"]["dice"]["mean"] == pytest.approx(0.705)
@@ -157,9 +158,10 @@ def test_all_metrics_stand_in_one_file(run_dir):
 def test_the_page_stands_alone_and_says_what_was_found(run_dir):
     page = (run_dir / "report" / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)
-    assert page.count("data:image/png;base64,") == 1 + len(ARMS)  # variants; predictions an arm
+    assert page.count("data:image/png;base64,") == 2 + len(ARMS)  # variants, masks; predictions
     assert page.count("data:image/svg+xml;base64,") == 4  # differences, two curves, costs
     assert "small &lt;b&gt;" in page and "<b>small" not in page
+    assert page.count("no gain shown") == 2 + 1  # two cases show nothing; and the rule itself
     for words in (
         "0.605 ± 0.141",
         "+0.100",

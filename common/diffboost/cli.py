@@ -12,13 +12,15 @@ from typing import TextIO
 
 import fire
 
+from diffboost.exhibits import EXHIBITS
 from diffboost.experiments import read_experiment
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.report import write_report
+from diffboost.stages import WORKFLOW
 
 logger = logging.getLogger(__name__)
 
-SNAKEFILE = Path(__file__).parents[2] / "workflow" / "Snakefile"
+SNAKEFILE = WORKFLOW / "Snakefile"
 
 
 def study(
@@ -28,6 +30,7 @@ def study(
     dry_run: bool = False,
     runs_dir: str | None = None,
     snakemake: str = "",
+    target: str = "report",
 ) -> None:
     """Runs an experiment file to runs/<name>/report/index.html; what is done is not done again.
 
@@ -38,19 +41,18 @@ def study(
         dry_run: only say what would run.
         runs_dir: folder of all runs, instead of runs/ beside workflow/.
         snakemake: more options for Snakemake in one string, such as "--executor slurm --jobs 50".
+        target: what to make: report (all that the file orders), table1, table2, figure4, figure6
+            or figure7.
     """
     path = Path(experiment).absolute()
     try:
-        name = read_experiment(path, {}).name
+        refuse_unknown({target: "target"}, ["report", "table1", *EXHIBITS], "study")
+        name = read_experiment(path).name
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    if not SNAKEFILE.is_file():
-        raise SystemExit(
-            f"{SNAKEFILE} is not there: studies run from a checkout (pip install -e .)"
-        )
     run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / name
     run_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
+    command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]
     command += (
         ["--show-failed-logs", "--nolock", "--quiet", "host", "reason"]
@@ -66,17 +68,25 @@ def study(
         code = subprocess.run(command, check=False, env=os.environ | {"PATH": programs}).returncode
     if code:
         raise SystemExit(code)
-    if not dry_run:
+    if not dry_run and target == "report":
         logger.info("report: %s", run_dir / "report" / "index.html")
 
 
-def report(run_dir: str) -> None:
+def report(run_dir: str, only: str | None = None) -> None:
     """Writes metrics.csv, summary.json and report/index.html into a study's folder.
 
     Args:
         run_dir: the folder, such as runs/demo.
+        only: write only this one, of what has been run: table2, figure4, figure6, figure7.
     """
-    write_report(run_dir)
+    if only is None:
+        write_report(run_dir)
+        return
+    try:
+        refuse_unknown({only: "only"}, EXHIBITS, "report")
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    EXHIBITS[only](Path(run_dir))
 
 
 def _hold(lock: TextIO, run_dir: Path) -> None:

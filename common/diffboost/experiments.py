@@ -1,69 +1,43 @@
 """Reads experiment files: what a user writes to order a whole study."""
 
 import re
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 from monai.bundle import ConfigParser
 
-from diffboost.knobs import refuse_unknown
-from diffboost.segmentation.merging import split_arm
+from diffboost.knobs import nearest, refuse_unknown
+from diffboost.plans import (
+    DEFAULT_NETWORK,
+    SYNTHETIC_THEN_REAL,
+    VARIANT_KNOBS,
+    Experiment,
+    ablated_knobs,
+    settings,
+)
+from diffboost.segmentation.merging import ARMS
+from diffboost.stages import WORKFLOW, stage_configs
 
-PROTOCOLS = ("sound",)
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One study: a task, folds x arms x seeds, and the knobs of each stage.
-
-    Args:
-        name: names the folder `runs/<name>`; letters, digits, `_`, `-` and `.`.
-        task: a task's name, or the path of a task file (relative to the experiment file).
-        dataset_dir: folder of the scans, or `phantoms`.
-        arms: ways to train the segmenter; `baseline`, which the others are compared with, is one.
-        backbone: `tiny`, a hub id or a local folder.
-        image_size: side of a prepared slice in pixels.
-        edges: edge detector.
-        hed_size_px: side to which a slice is enlarged before HED, in pixels; None: prepare's own.
-        num_folds: how many folds the cases are dealt into.
-        folds: the folds that are run, of 0 … num_folds - 1.
-        seeds: a segmenter is trained per seed; the generator is fitted once a fold.
-        num_cases: labelled training cases a fold may use, for few-label studies; None: all.
-        protocol: `sound`.
-        prepare, finetune, synthesis, segmentation: knobs of the stage's config file.
-
-    Source: engineering choice
-    """
-
-    name: str
-    task: str
-    dataset_dir: str
-    arms: list[str]
-    backbone: str = "tiny"
-    image_size: int = 64
-    edges: str = "hed-bsds500"
-    hed_size_px: int | None = None
-    num_folds: int = 3
-    folds: list[int] = field(default_factory=lambda: [0])
-    seeds: list[int] = field(default_factory=lambda: [0])
-    num_cases: int | None = None
-    protocol: str = "sound"
-    prepare: dict = field(default_factory=dict)
-    finetune: dict = field(default_factory=dict)
-    synthesis: dict = field(default_factory=dict)
-    segmentation: dict = field(default_factory=dict)
+SECTIONS = ("prepare", "finetune", "synthesis", "segmentation", "evaluate")
+PRETRAIN_SECTIONS = ("prepare", "train", "pix2pix", "evaluate")
+ABLATED = ("synthesis", "segmentation")
+SCALES = ("tiny", "sd15")
 
 
-def read_experiment(path: str | Path, config_files: Mapping[str, str | Path]) -> Experiment:
-    """The experiment that a YAML file describes.
+def read_experiment(
+    path: str | Path,
+    config_files: Mapping[str, Path] | None = None,
+    protocols_dir: Path = WORKFLOW / "protocols",
+) -> Experiment:
+    """The experiment that a YAML file describes, with its protocol's knobs and lists taken apart.
 
     Args:
         path: the experiment file.
-        config_files: for each section, the config file that holds its knobs; a section without one
-            is not checked.
+        config_files: for each section (`pretrain.train` for one within pretrain), the config file
+            that holds its knobs; a section without one is not checked. None: `stage_configs`.
+        protocols_dir: holds a YAML file a protocol: {section: {knob: value}}.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -74,6 +48,7 @@ def read_experiment(path: str | Path, config_files: Mapping[str, str | Path]) ->
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"experiment: there is no file {path.absolute()}")
+    config_files = stage_configs() if config_files is None else config_files
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(written, dict):
         raise ValueError(
@@ -83,10 +58,16 @@ def read_experiment(path: str | Path, config_files: Mapping[str, str | Path]) ->
     for key in ("name", "task", "dataset_dir", "arms"):
         if key not in written:
             raise ValueError(f"{path}: `{key}` is missing")
-    experiment = Experiment(**written)
+    _check_mappings(written, path)
+    sections = _with_protocol(written, protocols_dir, path)
+    ablations = _take_lists(sections, config_files, path)
+    for section, knobs in (written.get("ablations") or {}).items():
+        ablations.setdefault(section, {}).update(knobs)
+    experiment = Experiment(**(written | sections | {"ablations": ablations}))
     _check_values(experiment, path)
-    for section, config_file in config_files.items():
-        _check_knobs(getattr(experiment, section), config_file, f"{path}: {section}")
+    _check_networks(experiment, config_files, path)
+    _check_ablations(experiment, path)
+    _check_sections(experiment, config_files, path)
     _check_inner_fraction(experiment, path)
     return experiment
 
@@ -98,32 +79,54 @@ def task_path(experiment: Experiment, experiment_path: str | Path) -> str:
     return str((Path(experiment_path).absolute().parent / experiment.task).resolve())
 
 
-def bundle_run(config_files: list[str | Path], settings: Mapping, knobs: Mapping) -> str:
-    """The shell command of one stage, quoted.
-
-    Args:
-        config_files: the config file, then its overlays; the first one's bundle is the root.
-        settings: what the study decides, such as folders, fold and seed; None leaves a key out.
-        knobs: the experiment's section for this stage.
-
-    Raises:
-        ValueError: a knob is one of the settings.
-
-    Source: engineering choice
-    """
-    files = [str(path) for path in config_files]
-    settings = {key: value for key, value in settings.items() if value is not None}
-    for key in knobs:
-        if key in settings:
+def _check_mappings(written: Mapping, path: Path) -> None:
+    """Raises ValueError on a section that is no mapping, and on unknown parts of `pretrain`."""
+    for section in (*SECTIONS, "pretrain", "ablations"):
+        value = written.get(section, {})
+        if not isinstance(value, dict) and (value is not None or section in SECTIONS):
+            raise ValueError(f"{path}: {section}: {value!r}; `key: value` lines are needed")
+    refuse_unknown(written.get("ablations") or {}, ABLATED, f"{path}: ablations")
+    pretrain = written.get("pretrain") or {}
+    refuse_unknown(pretrain, ("dataset_dir", "image_size", *PRETRAIN_SECTIONS), f"{path}: pretrain")
+    for part in PRETRAIN_SECTIONS:
+        if not isinstance(pretrain.get(part, {}), dict):
             raise ValueError(
-                f"`{key}` (value {knobs[key]!r}) is set by the study, not in a section"
+                f"{path}: pretrain: {part}: {pretrain[part]!r}; `key: value` lines are needed"
             )
-    words = ["python", "-m", "monai.bundle", "run"]
-    words += ["--config_file", files[0] if len(files) == 1 else repr(files)]
-    words += ["--bundle_root", str(Path(files[0]).parents[1])]
-    for key, value in (settings | dict(knobs)).items():
-        words += [f"--{key}", str(value) if isinstance(value, str | Path) else repr(value)]
-    return shlex.join(words)
+
+
+def _with_protocol(written: Mapping, protocols_dir: Path, path: Path) -> dict[str, dict]:
+    """The file's sections over those of its protocol."""
+    protocol = written.get("protocol", "sound")
+    known = sorted(found.stem for found in protocols_dir.glob("*.yaml"))
+    if protocol not in known:
+        raise ValueError(f"{path}: protocol: {protocol!r} is unknown; {nearest(protocol, known)}")
+    file = protocols_dir / f"{protocol}.yaml"
+    stated = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    refuse_unknown(stated, SECTIONS, str(file))
+    return {name: (stated.get(name) or {}) | written.get(name, {}) for name in SECTIONS}
+
+
+def _take_lists(sections: dict, config_files: Mapping, path: Path) -> dict[str, dict[str, list]]:
+    """Leaves the first value of each ablated knob in its section; gives {section: {knob: list}}.
+
+    A knob that is a list itself, such as the network's channels, is ablated by a list of lists.
+    """
+    ablations = {}
+    for section in ABLATED:
+        config = _load(config_files.get(section))
+        for knob, values in sections[section].items():
+            nested = isinstance(values, list) and any(isinstance(value, list) for value in values)
+            plain = isinstance(config.get(knob), list) and not nested
+            if not isinstance(values, list) or plain:
+                continue
+            where = f"{path}: {section}: {knob}: {values!r}"
+            if not values or len({repr(value) for value in values}) < len(values):
+                raise ValueError(f"{where}; an ablation is a list of different values")
+            ablations.setdefault(section, {})[knob] = values
+        for knob, values in ablations.get(section, {}).items():
+            sections[section] = sections[section] | {knob: values[0]}
+    return ablations
 
 
 def _check_inner_fraction(experiment: Experiment, path: Path) -> None:
@@ -135,21 +138,31 @@ def _check_inner_fraction(experiment: Experiment, path: Path) -> None:
             f"{path}: inner_fraction: {fractions}; {', '.join(sections)} need the same, or the "
             "generator sees cases on which a segmenter is selected"
         )
+    if "inner_fraction" in ablated_knobs(experiment):
+        raise ValueError(f"{path}: inner_fraction: one value is needed, no list")
 
 
 def _check_values(experiment: Experiment, path: Path) -> None:
     """Raises ValueError on a value outside what its key allows; the message names both."""
     if not re.fullmatch(r"[\w.-]+", str(experiment.name)):
         raise ValueError(f"{path}: name: {experiment.name!r}; allowed: letters, digits, _ - .")
-    if experiment.protocol not in PROTOCOLS:
+    if experiment.scale not in SCALES:
         raise ValueError(
-            f"{path}: protocol: {experiment.protocol!r}; allowed so far: {', '.join(PROTOCOLS)}"
+            f"{path}: scale: {experiment.scale!r}; {nearest(experiment.scale, SCALES)}"
         )
-    for key in ("arms", "folds", "seeds"):
+    for key in ("arms", "folds", "seeds", "ablation_folds"):
         values = getattr(experiment, key)
+        if key == "ablation_folds" and values is None:
+            continue
         if not isinstance(values, list) or not values or len(set(values)) < len(values):
             raise ValueError(f"{path}: {key}: {values!r}; a list of different values is needed")
-    for key, low in (("image_size", 8), ("num_folds", 2), ("num_cases", 1), ("hed_size_px", 8)):
+    for key, low in (
+        ("image_size", 8),
+        ("num_folds", 2),
+        ("num_cases", 1),
+        ("hed_size_px", 8),
+        ("processes", 1),
+    ):
         value = getattr(experiment, key)
         if value is not None and not (type(value) is int and value >= low):
             raise ValueError(f"{path}: {key}: {value!r}; a whole number from {low} up is needed")
@@ -157,26 +170,87 @@ def _check_values(experiment: Experiment, path: Path) -> None:
         for value in getattr(experiment, key):
             if type(value) is not int or not 0 <= value < end:
                 raise ValueError(f"{path}: {key}: {value!r}; allowed: 0 to {end - 1}")
+    for value in experiment.ablation_folds or []:
+        if value not in experiment.folds:
+            raise ValueError(f"{path}: ablation_folds: {value!r} is none of folds")
     if "baseline" not in experiment.arms:
         raise ValueError(f"{path}: arms: {experiment.arms!r}; `baseline` must be one of them")
+    arms = (*ARMS, SYNTHETIC_THEN_REAL)
     for arm in experiment.arms:
-        split_arm(arm)
+        if arm not in arms:
+            raise ValueError(f"{path}: arm: {arm!r} is unknown; {nearest(arm, arms)}")
+
+
+def _check_ablations(experiment: Experiment, path: Path) -> None:
+    """Raises ValueError on an ablation that is ambiguous, or that no arm of the study shows."""
+    lists = experiment.ablations
+    for knob in set(lists.get("synthesis", {})) & set(lists.get("segmentation", {})):
+        raise ValueError(
+            f"{path}: {knob}: a list in synthesis and in segmentation; only one can be"
+        )
+    if "ratio" in lists.get("synthesis", {}) and "num_variants" in experiment.segmentation:
+        raise ValueError(
+            f"{path}: segmentation: num_variants: is decided by the list of ratio; leave it out"
+        )
+    for knob, (section, values) in ablated_knobs(experiment).items():
+        through_variants = section == "synthesis" or knob in VARIANT_KNOBS
+        if through_variants and "diffboost" not in experiment.arms:
+            raise ValueError(
+                f"{path}: {section}: {knob}: {values!r}; acts on arm diffboost alone, which is not "
+                f"among the arms: {', '.join(experiment.arms)}"
+            )
+    folders = [setting.folder for setting in settings(experiment)]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ValueError(f"{path}: two values of an ablation would share the folder {folder}")
+
+
+def _check_networks(experiment: Experiment, config_files: Mapping, path: Path) -> None:
+    """Raises ValueError on a network that has no overlay beside the segmentation config."""
+    if "segmentation" not in config_files:
+        return
+    overlays = Path(config_files["segmentation"]).parent.glob("network_*.yaml")
+    known = [DEFAULT_NETWORK, *(overlay.stem.removeprefix("network_") for overlay in overlays)]
+    networks = experiment.networks
+    if not networks or len(set(networks)) < len(networks):
+        raise ValueError(f"{path}: network: {networks!r}; a name or different names are needed")
+    for network in networks:
+        if network not in known:
+            raise ValueError(f"{path}: network: {network!r} is unknown; {nearest(network, known)}")
+
+
+def _check_sections(experiment: Experiment, config_files: Mapping, path: Path) -> None:
+    """Raises ValueError on a knob that its stage's config lacks, or a value of another kind."""
+    for section, config_file in config_files.items():
+        first, _, part = section.partition(".")
+        knobs = getattr(experiment, first)
+        knobs = (knobs or {}).get(part, {}) if part else knobs
+        if not knobs:
+            continue
+        where = f"{path}: {section.replace('.', ': ')}"
+        _check_knobs(knobs, config_file, where)
+        for knob, values in experiment.ablations.get(section, {}).items():
+            for value in values:
+                _check_knobs({knob: value}, config_file, where)
 
 
 def _check_knobs(section: Mapping, config_file: str | Path, where: str) -> None:
     """Raises ValueError on a knob that the stage's config lacks, or a value of another kind."""
-    if not isinstance(section, dict):
-        raise ValueError(f"{where}: {section!r}; `key: value` lines are needed")
-    config = ConfigParser.load_config_file(config_file)
-    refuse_unknown(section, [key for key in config if not key.startswith("+")], where)
+    config = _load(config_file)
+    refuse_unknown(section, [key for key in config if not re.search(r"^\+|::", key)], where)
     for key, value in section.items():
         many = isinstance(value, list | dict) and not isinstance(config[key], type(value))
         if many and not (isinstance(value, dict) and config[key] is None):
             raise ValueError(
-                f"{where}: {key}: {value!r}; one value is needed (ablations over a list of values "
-                "are not built yet)"
+                f"{where}: {key}: {value!r}; one value is needed (lists are ablations in "
+                f"{' and '.join(ABLATED)} only)"
             )
         if type(config[key]) in (int, float) and type(value) not in (int, float):
             raise ValueError(f"{where}: {key}: {value!r}; a number is needed (1.0e-5, not 1e-5)")
         if value is None:
             raise ValueError(f"{where}: {key}: has no value; leave the line out for the default")
+
+
+def _load(config_file: str | Path | None) -> dict:
+    """A config file's content as it is written; nothing for None."""
+    return ConfigParser.load_config_file(config_file) if config_file else {}

@@ -47,7 +47,8 @@ def embed(figure: Figure, form: str = "svg", dpi: int = 130) -> str:
     """
     buffer = io.BytesIO()
     keywords = {"metadata": {"Date": None}} if form == "svg" else {"dpi": dpi}
-    figure.savefig(buffer, format=form, bbox_inches="tight", **keywords)
+    with rc_context(STYLE):
+        figure.savefig(buffer, format=form, bbox_inches="tight", **keywords)
     kind = {"svg": "image/svg+xml", "png": "image/png"}[form]
     return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 

@@ -1,6 +1,6 @@
 """Pictures of a report: slices with their variants, and predictions against the truth."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from diffboost.data.transforms import (
 )
 from diffboost.figures import embed
 from diffboost.results import result_dirs
+from diffboost.segmentation.merging import RandMergeMaskd
 
 TRUTH_COLOR = "#FFD23F"
 PREDICTION_COLOR = "#00D1FF"
@@ -64,6 +65,38 @@ def variants_picture(synthetic_dir: Path, num_slices: int = 4, num_variants: int
         axes.set_title(title, fontsize=9)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
     return embed(figure, "png")
+
+
+def merge_picture(synthetic_dir: Path, alphas: Sequence[float], patch_size: int) -> Figure:
+    """Merge masks and merged images at different alpha, on one slice and its first variant.
+
+    Args:
+        synthetic_dir: a synthetic store; its slice with the largest label is shown.
+        alphas: chances that a patch is real; the same draws are compared with each, so that masks
+            grow with alpha.
+        patch_size: side of a patch in pixels.
+
+    Source: paper Figure 4
+    """
+    manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
+    first = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
+    first = first.drop_duplicates(["case", "slice"])
+    load = LoadSliced(["image", "edge", "label"])
+    largest = max((row for _, row in first.iterrows()), key=lambda row: _area(row["label"]))
+    item = load(_source(largest))
+    real, variant = item["image"][0], load_image(synthetic_dir / largest["image"])
+    figure = Figure(figsize=(1.35 * (1 + len(alphas)), 3.1))
+    grid = figure.subplots(2, 1 + len(alphas), squeeze=False)
+    _show(grid[0, 0], real, {TRUTH_COLOR: item["label"][0]}, side="real, mask")
+    _show(grid[1, 0], variant, side="variant, merged")
+    for column, alpha in enumerate(alphas, start=1):
+        draw = RandMergeMaskd(alpha, patch_size).set_random_state(seed=0)
+        mask = draw({"image": item["image"]})["merge_mask"][0]
+        _show(grid[0, column], mask * 2 - 1)
+        _show(grid[1, column], real * mask + variant * (1 - mask))
+        grid[0, column].set_title(f"alpha {alpha:g}", fontsize=9)
+    figure.subplots_adjust(wspace=0.04, hspace=0.04)
+    return figure
 
 
 def predictions_picture(run_dir: Path, store: SliceStore, metrics: pd.DataFrame, arm: str) -> str:
@@ -133,6 +166,11 @@ def load_case(
 def load_image(path: Path) -> torch.Tensor:
     """A stored slice or variant (H, W) in [-1, 1]."""
     return LoadSliced("image")({"image": str(path)})["image"][0]
+
+
+def _area(path: str) -> int:
+    """Labeled pixels of a stored label."""
+    return int((LoadSliced("label")({"label": path})["label"] > 0).sum())
 
 
 def _source(row: pd.Series) -> dict[str, str]:

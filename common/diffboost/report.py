@@ -1,5 +1,7 @@
 """The report of a study: metrics.csv, summary.json and a page that needs no other file."""
 
+import base64
+import dataclasses
 import json
 import logging
 import math
@@ -9,18 +11,12 @@ import pandas as pd
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from diffboost import figures, pictures, results, statistics
+from diffboost import exhibits, figures, pictures, results, statistics
 from diffboost.data.slices import SliceStore, read_store
+from diffboost.exhibits import METRIC_NAMES
+from diffboost.plans import BASE, Experiment, ablated_knobs, segmenters, settings, synthetic_dir
 
 logger = logging.getLogger(__name__)
-
-METRIC_NAMES = {
-    "dice": "Dice",
-    "precision": "Precision",
-    "recall": "Recall",
-    "hd95_mm": "HD95",
-    "assd_mm": "ASSD",
-}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -53,7 +49,7 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-def summarize(run_dir: Path, experiment: dict, metrics: pd.DataFrame) -> dict:
+def summarize(run_dir: Path, experiment: Experiment, metrics: pd.DataFrame) -> dict:
     """The report's facts for machines.
 
     Args:
@@ -66,16 +62,24 @@ def summarize(run_dir: Path, experiment: dict, metrics: pd.DataFrame) -> dict:
 
     Source: engineering choice
     """
-    arms, differences = statistics.summarize(metrics, experiment["arms"])
+    base = metrics[metrics["knob"] == ""]
+    arms, differences = statistics.summarize(base, experiment.arms)
     costs = results.read_costs(run_dir)
-    empty = metrics[metrics["metric"].str.startswith("empty_")]
+    empty = base[base["metric"].str.startswith("empty_")]
     counts = empty.groupby(["arm", "metric"])["value"].sum().astype(int)
-    by_seed = statistics.seed_means(metrics, "dice")
+    by_seed = statistics.seed_means(base, "dice")
+    knobs = [knob for knob in ablated_knobs(experiment) if knob in set(metrics["knob"])]
     return {
-        "name": experiment["name"],
-        "protocol": experiment["protocol"],
+        "name": experiment.name,
+        "protocol": experiment.protocol,
         "arms": arms,
         "paired_difference_to_baseline": differences,
+        "verdicts": {
+            arm: statistics.verdict(found[statistics.VERDICT_METRIC])
+            for arm, found in differences.items()
+        },
+        "over_folds": statistics.over_folds(base, experiment.arms),
+        "ablations": {knob: statistics.ablation_points(metrics, knob) for knob in knobs},
         "unit": "case: mean over labels, seeds and folds; sd and n are over cases",
         "dice_by_seed": {
             arm: {str(seed): float(value) for seed, value in by_seed.loc[arm].items()}
@@ -91,41 +95,44 @@ def summarize(run_dir: Path, experiment: dict, metrics: pd.DataFrame) -> dict:
 
 
 def render(
-    run_dir: Path, experiment: dict, metrics: pd.DataFrame, summary: dict, store: SliceStore
+    run_dir: Path, experiment: Experiment, metrics: pd.DataFrame, summary: dict, store: SliceStore
 ) -> str:
     """The page: HTML with every picture inside.
 
     Source: engineering choice
     """
     arms = list(summary["arms"])
+    base = metrics[metrics["knob"] == ""]
     colors = figures.arm_colors(arms)
     costs = results.read_costs(run_dir)
     synthetic_dirs = [
-        path.parent for path in sorted(run_dir.glob("fold*/synthetic/manifest.parquet"))
+        path.parent for path in sorted(run_dir.glob("fold*/synthetic_store/manifest.parquet"))
     ]
+    has_variants = (run_dir / synthetic_dir(BASE, experiment.folds[0])).is_dir()
     environment = Environment(
         loader=PackageLoader("diffboost", "."), autoescape=True, undefined=StrictUndefined
     )
     environment.filters |= {"number": number, "signed": signed, "seconds": seconds}
     return environment.get_template("report.html.j2").render(
         experiment=experiment,
-        experiment_text=yaml.safe_dump(experiment, sort_keys=False),
+        experiment_text=yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False),
         summary=summary,
         header=store.header,
         length_unit="px" if store.header["task"]["layout"] == "pairs" else "mm",
-        num_runs=metrics[["arm", "fold", "seed"]].drop_duplicates().shape[0],
+        num_runs=sum(len(segmenters(experiment, setting)) for setting in settings(experiment)),
         metric_names={
             key: name for key, name in METRIC_NAMES.items() if key in summary["arms"][arms[0]]
         },
         lower_is_better=statistics.LOWER_IS_BETTER,
         colors=colors,
-        by_label=dice_by_label(metrics, arms),
+        by_label=dice_by_label(base, arms),
         differences=_chart_of_differences(summary, colors),
         outline_colors={"truth": pictures.TRUTH_COLOR, "prediction": pictures.PREDICTION_COLOR},
         variants={path.parts[-2]: pictures.variants_picture(path) for path in synthetic_dirs[:1]},
-        predictions={
-            arm: pictures.predictions_picture(run_dir, store, metrics, arm) for arm in arms
-        },
+        predictions={arm: pictures.predictions_picture(run_dir, store, base, arm) for arm in arms},
+        table1=_table1(run_dir),
+        figure4=figures.embed(exhibits.merge_figure(run_dir), "png") if has_variants else None,
+        **_charts_of_ablations(metrics, summary),
         curves=_charts_of_training(run_dir, colors),
         costs=costs.reset_index().to_dict("records"),
         cost_chart=figures.cost_chart(costs) if len(costs) else None,
@@ -180,6 +187,34 @@ def _chart_of_differences(summary: dict, colors: dict[str, str]) -> str | None:
     """The chart of paired differences, if an arm stands beside baseline."""
     differences = summary["paired_difference_to_baseline"]
     return figures.difference_chart(differences, colors) if differences else None
+
+
+def _charts_of_ablations(metrics: pd.DataFrame, summary: dict) -> dict[str, str | None]:
+    """Figures 6 and 7, where the study has what they show."""
+    knobs = [knob for knob in summary["ablations"] if knob != "network"]
+    networks = "network" in summary["ablations"]
+    return {
+        "figure6": figures.embed(exhibits.ablation_figure(metrics, knobs)) if knobs else None,
+        "figure7": figures.embed(exhibits.network_figure(metrics)) if networks else None,
+    }
+
+
+def _table1(run_dir: Path) -> dict | None:
+    """Table 1 as {method: {metric: (mean, sd)}} with its picture, if it was made."""
+    folder = run_dir / "pretrain" / "evaluation"
+    if not (folder / "table1.csv").is_file():
+        return None
+    rows = pd.read_csv(folder / "table1.csv")
+    methods = {
+        method: {row.metric: (row.mean, row.sd) for row in found.itertuples()}
+        for method, found in rows.groupby("method", sort=False)
+    }
+    picture = base64.b64encode((folder / "table1.png").read_bytes()).decode("ascii")
+    return {
+        "methods": methods,
+        "num_images": int(rows["n"].max()),
+        "picture": f"data:image/png;base64,{picture}",
+    }
 
 
 def _charts_of_training(run_dir: Path, colors: dict[str, str]) -> list[str]:

@@ -11,13 +11,26 @@ import pandas as pd
 import torch
 import yaml
 
+from diffboost.plans import Experiment, ablated_knobs, ablation_segmenters, segmenters
+
 PACKAGES = ("diffboost", "torch", "monai", "diffusers", "transformers", "numpy", "snakemake")
-STAGES = ("prepare", "finetune", "synthesize", "train_segmentation", "evaluate")
-COLUMNS = ["arm", "fold", "seed", "case", "label", "metric", "value"]
+STAGES = (
+    "prepare",
+    "prepare_tree",
+    "pretrain",
+    "train_pix2pix",
+    "evaluate_images",
+    "finetune",
+    "synthesize",
+    "train_on_synthetic",
+    "train_segmentation",
+    "evaluate",
+)
+COLUMNS = ["arm", "fold", "seed", "case", "label", "metric", "value", "knob", "knob_value"]
 
 
-def read_experiment_as_run(run_dir: Path) -> dict:
-    """The experiment file of a study, with every default filled in.
+def read_experiment_as_run(run_dir: Path) -> Experiment:
+    """The experiment of a study as it was run, with every default filled in.
 
     Raises:
         FileNotFoundError: the folder is no study's.
@@ -29,7 +42,7 @@ def read_experiment_as_run(run_dir: Path) -> dict:
         raise FileNotFoundError(
             f"run_dir: {run_dir} holds no experiment.yaml; is it a study's folder?"
         )
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Experiment(**yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def result_dirs(run_dir: Path) -> dict[tuple[str, int, int], Path]:
@@ -39,32 +52,53 @@ def result_dirs(run_dir: Path) -> dict[tuple[str, int, int], Path]:
 
     Source: engineering choice
     """
-    ordered = read_experiment_as_run(run_dir)
     return {
-        (arm, fold, seed): run_dir / f"fold{fold}" / arm / f"seed{seed}"
-        for arm in ordered["arms"]
-        for fold in ordered["folds"]
-        for seed in ordered["seeds"]
+        (segmenter.arm, segmenter.fold, segmenter.seed): run_dir / segmenter.folder
+        for segmenter in segmenters(read_experiment_as_run(run_dir))
     }
 
 
 def read_metrics(run_dir: Path) -> pd.DataFrame:
-    """All metrics of a study: columns arm, fold, seed, case, label, metric, value.
+    """All metrics of a study: columns as COLUMNS names them.
+
+    knob and knob_value are empty in the rows of the base. Rows that an ablation shares with the
+    base stand there a second time, with the knob and the base's value of it.
 
     Raises:
         FileNotFoundError: no segmenter of the study has been evaluated.
 
     Source: engineering choice
     """
+    experiment = read_experiment_as_run(run_dir)
+    ordered = [(segmenter, "", "") for segmenter in segmenters(experiment)]
+    for knob in ablated_knobs(experiment):
+        for segmenter, value in ablation_segmenters(experiment, knob):
+            ordered.append((segmenter, knob, str(value)))
     text = {"case": str, "label": str}
     frames = [
-        pd.read_csv(path / "metrics.csv", dtype=text).assign(arm=arm, fold=fold, seed=seed)
-        for (arm, fold, seed), path in result_dirs(run_dir).items()
-        if (path / "metrics.csv").is_file()
+        pd.read_csv(run_dir / segmenter.folder / "metrics.csv", dtype=text).assign(
+            arm=segmenter.arm,
+            fold=segmenter.fold,
+            seed=segmenter.seed,
+            knob=knob,
+            knob_value=value,
+        )
+        for segmenter, knob, value in ordered
+        if (run_dir / segmenter.folder / "metrics.csv").is_file()
     ]
     if not frames:
         raise FileNotFoundError(f"run_dir: {run_dir} has no fold*/ARM/seed*/metrics.csv yet")
     return pd.concat(frames, ignore_index=True)[COLUMNS]
+
+
+def load_metrics(path: str | Path) -> pd.DataFrame:
+    """A study's metrics.csv, as `read_metrics` gave it.
+
+    Source: engineering choice
+    """
+    text = {"case": str, "label": str, "knob": str, "knob_value": str}
+    metrics = pd.read_csv(path, dtype=text)
+    return metrics.fillna({"knob": "", "knob_value": ""})
 
 
 def read_costs(run_dir: Path) -> pd.DataFrame:
@@ -77,7 +111,7 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
     Source: engineering choice
     """
     rows = []
-    for path in sorted((run_dir / "benchmarks").glob("*.tsv")):
+    for path in sorted((run_dir / "benchmarks").rglob("*.tsv")):
         table = pd.read_csv(path, sep="\t", na_values="-")
         stage = path.name.split(".")[0]
         rows.append(
@@ -98,7 +132,7 @@ def read_edge_agreement(run_dir: Path) -> dict | None:
 
     Source: engineering choice
     """
-    paths = sorted(run_dir.glob("fold*/synthetic/edge_agreement.json"))
+    paths = sorted(run_dir.glob("fold*/synthetic_store/edge_agreement.json"))
     if not paths:
         return None
     found = pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in paths])

@@ -1,5 +1,7 @@
 """Mean, spread and paired differences of segmentation metrics; the unit is a case."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -7,6 +9,9 @@ from scipy import stats
 METRICS = ("dice", "precision", "recall", "hd95_mm", "assd_mm")
 LOWER_IS_BETTER = ("hd95_mm", "assd_mm")
 NUM_RESAMPLES = 9999
+# When an arm's verdict is "gain shown": by this metric, with this error rate over all arms.
+VERDICT_METRIC = "dice"
+SIGNIFICANCE = 0.05
 
 
 def case_values(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -36,6 +41,23 @@ def describe(values: pd.Series) -> dict:
     return {"mean": float(values.mean()), "sd": float(values.std(ddof=1)), "n": len(values)}
 
 
+def mean_interval(values: np.ndarray, seed: int = 0) -> list[float]:
+    """95 % percentile bootstrap interval of a mean over cases, [low, high]; NaN below two cases.
+
+    Source: Efron and Tibshirani 1993, chapter 13
+    """
+    if len(values) < 2:
+        return [np.nan, np.nan]
+    interval = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=NUM_RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return [float(interval.low), float(interval.high)]
+
+
 def paired_difference(values: pd.Series, reference: pd.Series, seed: int = 0) -> dict:
     """How far `values` lie above `reference`, case by case.
 
@@ -55,16 +77,40 @@ def paired_difference(values: pd.Series, reference: pd.Series, seed: int = 0) ->
     difference = both[:, 0] - both[:, 1]
     if len(difference) < 2:
         return {"mean": np.nan, "ci95": [np.nan, np.nan], "p": np.nan, "n": len(difference)}
-    interval = stats.bootstrap(
-        (difference,),
-        np.mean,
-        n_resamples=NUM_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
     p = stats.wilcoxon(difference).pvalue if difference.any() else 1.0
-    ci95 = [float(interval.low), float(interval.high)]
+    ci95 = mean_interval(difference, seed)
     return {"mean": float(difference.mean()), "ci95": ci95, "p": float(p), "n": len(difference)}
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down adjustment: how many tests are made together raises every p.
+
+    Args:
+        p_values: p of each test by name; NaN (no test was possible) is not counted.
+
+    Returns:
+        Adjusted p by name, at most 1; NaN stays.
+
+    Source: Holm 1979
+    """
+    made = sorted((p, name) for name, p in p_values.items() if not np.isnan(p))
+    adjusted, largest = dict.fromkeys(p_values, np.nan), 0.0
+    for rank, (p, name) in enumerate(made):
+        largest = max(largest, min(1.0, (len(made) - rank) * p))
+        adjusted[name] = largest
+    return adjusted
+
+
+def verdict(difference: Mapping) -> str:
+    """Says "gain shown" if the 95 % interval lies above 0 and Holm's p below 0.05, else not.
+
+    Args:
+        difference: of the Dice, with the keys ci95 and p_holm; NaN shows nothing.
+
+    Source: engineering choice
+    """
+    shown = difference["ci95"][0] > 0 and difference["p_holm"] < SIGNIFICANCE
+    return "gain shown" if shown else "no gain shown"
 
 
 def summarize(metrics: pd.DataFrame, arms: list[str]) -> tuple[dict, dict]:
@@ -75,8 +121,8 @@ def summarize(metrics: pd.DataFrame, arms: list[str]) -> tuple[dict, dict]:
         arms: in the order of the report; those without a row are left out.
 
     Returns:
-        {arm: {metric: {"mean", "sd", "n"}}} and {arm: {metric: {"mean", "ci95", "p", "n"}}}, the
-        second without baseline.
+        {arm: {metric: {"mean", "sd", "n"}}} and {arm: {metric: {"mean", "ci95", "p", "n",
+        "p_holm"}}}, the second without baseline; Holm's p counts the arms of one metric.
 
     Source: engineering choice
     """
@@ -92,7 +138,70 @@ def summarize(metrics: pd.DataFrame, arms: list[str]) -> tuple[dict, dict]:
         for arm in present
         if arm != "baseline" and "baseline" in present
     }
+    for name in named:
+        adjusted = holm({arm: found[name]["p"] for arm, found in differences.items()})
+        for arm, p in adjusted.items():
+            differences[arm][name]["p_holm"] = p
     return figures, differences
+
+
+def over_folds(metrics: pd.DataFrame, arms: list[str]) -> dict:
+    """Mean of the folds' means, and the root of their mean variance: the paper's "mean ± sd".
+
+    Args:
+        metrics: columns arm, fold, seed, case, label, metric, value.
+        arms: in the order of the report; those without a row are left out.
+
+    Returns:
+        {arm: {metric: {"mean", "sd", "num_folds"}}}; sd is within folds, over their cases.
+
+    Source: facts 33
+    """
+    folds = {fold: case_values(rows) for fold, rows in metrics.groupby("fold")}
+    found = {}
+    for arm in arms:
+        for name in METRICS:
+            parts = [describe(v.loc[arm, name]) for v in folds.values() if (arm, name) in v.index]
+            if parts:
+                mean = np.nanmean([part["mean"] for part in parts])
+                sd = np.sqrt(np.nanmean([part["sd"] ** 2 for part in parts]))
+                figures = {"mean": float(mean), "sd": float(sd), "num_folds": len(parts)}
+                found.setdefault(arm, {})[name] = figures
+    return found
+
+
+def ablation_points(metrics: pd.DataFrame, knob: str, metric: str = "dice") -> list[dict]:
+    """What each value of an ablated knob gives, and how far that lies above baseline.
+
+    Baseline is that of the same value where it was trained (networks), else the study's own, on
+    the folds of the ablation.
+
+    Args:
+        metrics: of a whole study; columns knob and knob_value, both empty for the base.
+        knob: as the column knob names it.
+        metric: as the column metric names it.
+
+    Returns:
+        A dictionary a value and arm: value (text), arm, mean, ci95, n, and difference, as
+        `paired_difference` gives it (None for baseline itself).
+
+    Source: paper Sec. 5.1, Figures 6 and 7
+    """
+    chosen = metrics[metrics["knob"] == knob]
+    base = metrics[(metrics["knob"] == "") & metrics["fold"].isin(chosen["fold"].unique())]
+    own = case_values(base).loc["baseline", metric]
+    points = []
+    for value in chosen["knob_value"].unique():
+        values = case_values(chosen[chosen["knob_value"] == value])
+        arms = [arm for arm in chosen["arm"].unique() if (arm, metric) in values.index]
+        reference = values.loc["baseline", metric] if "baseline" in arms else own
+        for arm in arms:
+            cases = values.loc[arm, metric].dropna()
+            difference = None if arm == "baseline" else paired_difference(cases, reference)
+            point = {"value": value, "arm": arm, "mean": float(cases.mean()), "n": len(cases)}
+            point |= {"ci95": mean_interval(cases.to_numpy()), "difference": difference}
+            points.append(point)
+    return points
 
 
 def seed_means(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:

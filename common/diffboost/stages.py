@@ -1,0 +1,63 @@
+"""The stages of a study: the config of each, and the command that runs one."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+WORKFLOW = Path(__file__).parents[2] / "workflow"
+
+
+def stage_configs(workflow_dir: Path = WORKFLOW) -> dict[str, Path]:
+    """The config file of each section of an experiment file, as workflow/stages.yaml names them.
+
+    Raises:
+        FileNotFoundError: the package is not in a checkout.
+
+    Source: engineering choice
+    """
+    path = workflow_dir / "stages.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is not there: studies run from a checkout (pip install -e .)"
+        )
+    stages = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: workflow_dir.parent / "bundles" / config for name, config in stages.items()}
+
+
+def bundle_run(
+    config_files: list[str | Path],
+    settings: Mapping,
+    knobs: Mapping,
+    processes: int = 1,
+) -> str:
+    """The shell command of one stage, quoted.
+
+    Args:
+        config_files: the config file, then its overlays; the first one's bundle is the root.
+        settings: what the study decides, such as folders, fold and seed; None leaves a key out.
+        knobs: the experiment's section for this stage.
+        processes: of torchrun; the last of the config files must then be an overlay for it.
+
+    Raises:
+        ValueError: a knob is one of the settings.
+
+    Source: engineering choice
+    """
+    files = [str(path) for path in config_files]
+    settings = {key: value for key, value in settings.items() if value is not None}
+    for key in knobs:
+        if key in settings:
+            raise ValueError(
+                f"`{key}` (value {knobs[key]!r}) is set by the study, not in a section"
+            )
+    words = ["python"]
+    if processes > 1:  # standalone: a port of its own, so that studies may share a machine
+        words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words += ["-m", "monai.bundle", "run"]
+    words += ["--config_file", files[0] if len(files) == 1 else repr(files)]
+    words += ["--bundle_root", str(Path(files[0]).parents[1])]
+    for key, value in (settings | dict(knobs)).items():
+        words += [f"--{key}", str(value) if isinstance(value, str | Path) else repr(value)]
+    return shlex.join(words)
