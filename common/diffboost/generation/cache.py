@@ -1,12 +1,12 @@
-"""Latents, edges and prompt embeddings of a training set, computed once and memory-mapped.
+"""Latents, edges and prompt embeddings of a training set, computed once and kept on disk.
 
 The posterior's moments are cached, not a sample of it: the noise of the latent is still drawn in
 every step. Where geometric jitter is on, ``num_copies`` jittered copies of each slice are cached.
 """
 
 import hashlib
-import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +17,13 @@ from monai.transforms import Affine, Compose, RandomizableTransform
 from tqdm import tqdm
 
 from diffboost.data.addresses import address_seed
+from diffboost.data.items import SliceItems
+from diffboost.data.slices import sha256_of_files
 from diffboost.data.transforms import LoadSliced
 from diffboost.generation.backbones import backbone_sha256, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
-from diffboost.handlers import is_main_process, wait_for_processes
+from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,79 @@ class Jitterd(RandomizableTransform):
         return out
 
 
+class ArrayFile:
+    """Rows of a ``.npy`` file, read and written in place.
+
+    Not a memory map: pages of one stay resident, and a cache is larger than memory.
+
+    Args:
+        path: the file.
+        writable: whether rows will be written.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        header = np.load(path, mmap_mode="r")
+        self.shape, self.dtype, self._offset = header.shape, header.dtype, header.offset
+        self._row_bytes = header[:1].nbytes
+        self._file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """A row, as a new array."""
+        row = range(len(self))[row]
+        values = np.empty(self.shape[1:], self.dtype)
+        start = self._offset + row * self._row_bytes
+        if os.preadv(self._file.fileno(), [values], start) != self._row_bytes:
+            raise OSError(f"{self._file.name} ends before row {row}")
+        return values
+
+    def write(self, row: int, part: int, values: np.ndarray) -> None:
+        """Writes ``values`` as number ``part`` of the parts of a row."""
+        values = np.ascontiguousarray(values, self.dtype)
+        start = self._offset + row * self._row_bytes + part * values.nbytes
+        if os.pwrite(self._file.fileno(), values, start) != values.nbytes:
+            raise OSError(f"{self._file.name}: row {row} was not written, is the disk full?")
+
+
+class CachedItems(Sequence):
+    """A finished cache as items for training; nothing is read before it is used.
+
+    Args:
+        folder: the cache.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._moments = ArrayFile(self.folder / "moments.npy")
+        self._edges = ArrayFile(self.folder / "edges.npy")
+        self._contexts = np.load(self.folder / "contexts.npy")
+        self._rows = np.load(self.folder / "rows.npy")
+
+    def __reduce__(self) -> tuple:
+        """Pickles the folder; spawned workers open the files themselves."""
+        return type(self), (self.folder,)
+
+    def __len__(self) -> int:
+        """Number of slices."""
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """``moments``, ``edges``, ``context`` and ``empty_context`` of a slice."""
+        return {
+            "moments": self._moments[index],
+            "edges": self._edges[index],
+            "context": self._contexts[self._rows[index]],
+            "empty_context": self._contexts[0],
+        }
+
+
 def build_cache(
     data: Sequence[dict],
     backbone: str,
@@ -69,8 +144,11 @@ def build_cache(
     seed: int = 0,
     device: str | torch.device = "cpu",
     batch_size: int = 32,
-) -> list[dict]:
-    """Items for training the generator, backed by memory-mapped files; built if not there yet.
+) -> CachedItems:
+    """Items for training the generator, backed by files on disk; built if not there yet.
+
+    All processes of torch.distributed build it together, each a run of batches; the files are the
+    same for any number of them.
 
     Args:
         data: slice items with the paths ``image`` and ``edge`` and the text ``prompt``.
@@ -95,70 +173,85 @@ def build_cache(
     if (jitter is None) != (num_copies == 1):
         raise ValueError(f"num_copies: {num_copies} with jitter {jitter}; 1 means no jitter")
     folder = Path(cache_dir) / _cache_key(data, backbone, image_size, jitter, num_copies, seed)
-    if is_main_process() and not folder.is_dir():
-        partial = folder.with_name(folder.name + ".partial")
+    there = folder.is_dir()
+    wait_for_processes()  # all have looked before one of them begins
+    if there:
+        return CachedItems(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae")).to(device).eval()
+    if is_main_process():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _fill(partial, data, backbone, image_size, jitter, num_copies, seed, device, batch_size)
-        partial.rename(folder)
+        _write_prompts(partial, data, backbone, device)
+        _make_files(partial, autoencoder, (len(data), num_copies), image_size)
     wait_for_processes()
-    moments = np.load(folder / "moments.npy", mmap_mode="r")
-    edges = np.load(folder / "edges.npy", mmap_mode="r")
-    contexts = np.load(folder / "contexts.npy", mmap_mode="r")
-    rows = json.loads((folder / "prompts.json").read_text())
-    return [
-        {
-            "moments": moments[i],
-            "edges": edges[i],
-            "context": contexts[row],
-            "empty_context": contexts[0],
-        }
-        for i, row in enumerate(rows)
-    ]
+    _fill(partial, data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size)
+    wait_for_processes()
+    if is_main_process():
+        partial.rename(folder)
+        logger.info("cached %d slices x %d copies in %s", len(data), num_copies, folder)
+    wait_for_processes()
+    return CachedItems(folder)
 
 
 def _cache_key(data, backbone, image_size, jitter, num_copies, seed) -> str:
+    """Names a cache by what is in it; a store's slices are known by the hashes of its index."""
     digest = hashlib.sha256()
     draws = (jitter.rotation_degrees, jitter.crop, seed) if jitter is not None else None
     digest.update(repr((backbone_sha256(backbone), image_size, num_copies, draws)).encode())
-    for item in data:
-        for key in ("image", "edge"):
-            digest.update(hashlib.sha256(Path(item[key]).read_bytes()).digest())
-        digest.update(item["prompt"].encode())
+    if isinstance(data, SliceItems):
+        digest.update(data.fingerprint().encode())
+    else:
+        for item in data:
+            digest.update(sha256_of_files([item["image"]]).encode())
+            digest.update(sha256_of_files([item["edge"]]).encode())
+            digest.update(item["prompt"].encode())
     return digest.hexdigest()[:16]
 
 
-def _fill(folder, data, backbone, image_size, jitter, num_copies, seed, device, batch_size) -> None:
-    """Encode every copy of every slice into ``folder``."""
-    autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae")).to(device).eval()
-    load = LoadSliced(["image", "edge"], image_size=image_size)
-    transform = Compose([jitter] if jitter is not None else [])
-    moments, edges = None, None
-    addresses = [(index, copy) for index in range(len(data)) for copy in range(num_copies)]
-    for start in tqdm(range(0, len(addresses), batch_size), desc="caching latents"):
-        batch = addresses[start : start + batch_size]
-        samples = []
-        for index, copy in batch:
-            transform.set_random_state(seed=address_seed(seed, "jitter", copy, index))
-            samples.append(transform(load({key: data[index][key] for key in ("image", "edge")})))
-        images = torch.stack([torch.as_tensor(s["image"]) for s in samples]).float()
-        with torch.inference_mode():
-            encoded = autoencoder.encode(images.to(device)).half().cpu().numpy()
-        if moments is None:
-            shape = (len(data), num_copies)
-            moments = _memory_map(folder / "moments.npy", "float16", shape + encoded.shape[1:])
-            edges = _memory_map(folder / "edges.npy", "uint8", shape + samples[0]["edge"].shape)
-        for (index, copy), moment, sample in zip(batch, encoded, samples, strict=True):
-            moments[index, copy] = moment
-            edges[index, copy] = np.clip(np.asarray(sample["edge"]) * 255 + 0.5, 0, 255)
-    moments.flush()
-    edges.flush()
+def _write_prompts(folder: Path, data, backbone: str, device) -> None:
+    """Embeds every prompt once, the empty one first; writes which one each slice has."""
     prompts = ["", *sorted({item["prompt"] for item in data})]
     np.save(folder / "contexts.npy", embed_prompts(backbone, prompts, device).numpy())
-    rows = [prompts.index(item["prompt"]) for item in data]
-    (folder / "prompts.json").write_text(json.dumps(rows))
-    logger.info("cached %d slices x %d copies in %s", len(data), num_copies, folder)
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    rows = (numbers[item["prompt"]] for item in data)
+    np.save(folder / "rows.npy", np.fromiter(rows, np.int32, len(data)))
 
 
-def _memory_map(path: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=tuple(shape))
+def _make_files(folder: Path, autoencoder, shape: tuple[int, int], image_size: int) -> None:
+    """Makes the files of moments and edges, without contents."""
+    config = autoencoder.autoencoder.config
+    side = image_size // 2 ** (len(config.block_out_channels) - 1)
+    sizes = {
+        "moments": ("float16", (2 * config.latent_channels, side, side)),
+        "edges": ("uint8", (1, image_size, image_size)),
+    }
+    for name, (dtype, each) in sizes.items():
+        path = folder / f"{name}.npy"
+        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(*shape, *each)).flush()
+
+
+def _fill(folder, data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size):
+    """Encodes this process's run of batches into the files of ``folder``."""
+    load = LoadSliced(["image", "edge"], image_size=image_size)
+    transform = Compose([jitter] if jitter is not None else [])
+    moments = ArrayFile(folder / "moments.npy", writable=True)
+    edges = ArrayFile(folder / "edges.npy", writable=True)
+    total = len(data) * num_copies
+    rank, count = process_rank_and_count()
+    num_batches = -(-total // batch_size)
+    mine = range(rank * num_batches // count, (rank + 1) * num_batches // count)
+    for number in tqdm(mine, desc="caching latents", disable=rank > 0):
+        last = min(total, (number + 1) * batch_size)
+        places = [divmod(place, num_copies) for place in range(number * batch_size, last)]
+        samples = []
+        for index, copy in places:
+            transform.set_random_state(seed=address_seed(seed, "jitter", copy, index))
+            item = data[index]
+            samples.append(transform(load({key: item[key] for key in ("image", "edge")})))
+        images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples]).float()
+        with torch.inference_mode():
+            encoded = autoencoder.encode(images.to(device)).half().cpu().numpy()
+        for (index, copy), moment, sample in zip(places, encoded, samples, strict=True):
+            moments.write(index, copy, moment)
+            edges.write(index, copy, np.clip(np.asarray(sample["edge"]) * 255 + 0.5, 0, 255))
