@@ -25,6 +25,13 @@ def test_task_prompt_takes_the_finding_of_the_case():
     assert task_prompt(task | {"organ": ""}) == "US, lesion"
 
 
+def test_organ_first_is_what_the_released_code_says():
+    other = {"prompt_order": "organ_first"}
+    assert task_prompt(read_task("breast_ultrasound") | other, "benign") == "breast, ultrasound"
+    assert task_prompt(read_task("prostate_mri") | other) == "prostate, MRI"
+    assert task_prompt(read_task("spleen_ct") | other) == "abdomen, CT"
+
+
 def test_fifty_different_phrases_return_in_turn():
     phrases = [augmentation_phrase(variant) for variant in range(100)]
     assert len(set(phrases)) == 50 and phrases[:50] == phrases[50:]

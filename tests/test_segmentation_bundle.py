@@ -183,6 +183,7 @@ def test_inference_has_the_network_of_training():
             VOLUMES | {"intensity": {"policy": "percentile", "lower": 2, "upper": 90}},
             {"intensity_low": 2, "intensity_high": 90},
         ),
+        (VOLUMES | {"intensity_per": "slice"}, {"intensity": "slice_percentile"}),
         (IMAGES, {}),
         (IMAGES | {"name": "rgb"}, {}),
     ],
@@ -201,6 +202,21 @@ def test_inference_sees_the_voxels_that_training_saw(tmp_path, task, settings):
     trained = case_preprocessing(read_task(task), 32, False)({"image": str(path)})["image"]
     assert seen.shape == (1, 32, 32, seen.shape[-1])
     assert torch.equal(seen.as_tensor(), trained.as_tensor())
+
+
+def test_percentiles_of_slices_fill_the_range_of_each(tmp_path):
+    path = tmp_path / "case.nii.gz"
+    volume = np.random.default_rng(0).uniform(0, 1, (20, 24, 5)) * np.arange(1, 6)
+    nib.save(nib.Nifti1Image(volume.astype(np.float32), np.eye(4)), path)
+    for per in ("volume", "slice"):
+        task = read_task(VOLUMES | {"intensity_per": per})
+        image = case_preprocessing(task, 32, False)({"image": str(path)})["image"][0]
+        tops = image.amax((0, 1))
+        assert tops.max() > 0.9
+        assert (tops.min() > 0.8) == (per == "slice")
+        assert image.abs().max() <= 1 + 1e-5
+    with pytest.raises(ValueError, match="intensity_per 'slices'; did you mean 'slice'"):
+        read_task(VOLUMES | {"intensity_per": "slices"})
 
 
 def test_misspelt_intensity_is_refused(tmp_path):

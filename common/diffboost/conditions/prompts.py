@@ -106,6 +106,10 @@ def prompt_from_path(path: str | PurePath) -> str:
     return ", ".join(_words(folder) for folder in parts[:3])
 
 
+# What the released code's task prompts call them, where RadImageNet's folders say US, MR, CT.
+_MODALITY_WORDS = {"US": "ultrasound", "MR": "MRI"}
+
+
 def task_prompt(task: Mapping, finding: str | None = None) -> str:
     """The prompt of a task's case.
 
@@ -114,10 +118,15 @@ def task_prompt(task: Mapping, finding: str | None = None) -> str:
         finding: what this case shows, in place of the task's own finding (BUSI: the subfolder).
 
     Returns:
-        ``"modality, organ, finding"`` without empty parts.
+        ``"modality, organ, finding"`` without empty parts; with the task's ``prompt_order``
+        "organ_first" ``"organ, modality"``, as in "breast, ultrasound".
 
-    Source: DiffBoost Sec. 3.2.
+    Source: DiffBoost Sec. 3.2; facts 9 (the released task prompts: organ first, in other words
+        than pretraining).
     """
+    if task["prompt_order"] == "organ_first":
+        modality = _MODALITY_WORDS.get(task["modality"], task["modality"])
+        return ", ".join(part for part in (task["organ"], modality) if part)
     parts = (task["modality"], task["organ"], _words(finding or task["finding"]))
     return ", ".join(part for part in parts if part)
 

@@ -18,6 +18,8 @@ from monai.transforms import (
     Resized,
     ScaleIntensityRanged,
     ScaleIntensityRangePercentilesd,
+    Transform,
+    Transposed,
 )
 from PIL import Image
 from torch.nn.functional import interpolate
@@ -151,7 +153,8 @@ def case_preprocessing(task: Mapping, image_size: int, with_label: bool) -> Comp
         float32 in [-1, 1], and ``label`` (1, S, S, D), float32 class index. A 2D image is a volume
         with D = 1 and keeps its rows and columns; RGB becomes gray by luminance (ITU-R 601).
 
-    Source: DiffBoost Sec. 4.1; facts, item 13 (percentiles here are per case, protocol ``sound``).
+    Source: DiffBoost Sec. 4.1; facts, item 13 (the task's ``intensity_per``: percentiles of the
+        case in protocol ``sound``, of each slice in protocol ``paper``).
     """
     keys = ["image", "label"] if with_label else ["image"]
     flat = task["layout"] != "decathlon"
@@ -170,7 +173,7 @@ def case_preprocessing(task: Mapping, image_size: int, with_label: bool) -> Comp
     mode = ["trilinear", "nearest-exact"][: len(keys)]  # D is kept: bilinear within a slice
     size = (image_size, image_size, -1)
     steps += [
-        _intensity(task["intensity"]),
+        _intensity(task["intensity"], per_slice=not flat and task["intensity_per"] == "slice"),
         Resized(keys, spatial_size=size, mode=mode, anti_aliasing=[True, False][: len(keys)]),
     ]
     return Compose(steps)
@@ -184,17 +187,16 @@ def intensity_step(preprocessing: Compose) -> int:
 
     Source: engineering choice (prepare checks the source's own values there).
     """
-    scalings = (ScaleIntensityRanged, ScaleIntensityRangePercentilesd)
-    return next(
-        number
-        for number, transform in enumerate(preprocessing.transforms)
-        if isinstance(transform, scalings)
-    )
+    kinds = [type(transform) for transform in preprocessing.transforms]
+    return kinds.index(Resized) - 1
 
 
-def _intensity(intensity: Mapping) -> MapTransform:
+def _intensity(intensity: Mapping, per_slice: bool) -> Transform:
     """The task's intensity policy as a transform of ``image`` to [-1, 1], clipped."""
     low, high = (value for key, value in intensity.items() if key != "policy")
-    if intensity["policy"] == "percentile":
-        return ScaleIntensityRangePercentilesd("image", low, high, b_min=-1, b_max=1, clip=True)
-    return ScaleIntensityRanged("image", low, high, b_min=-1, b_max=1, clip=True)
+    target = {"b_min": -1, "b_max": 1, "clip": True}
+    if intensity["policy"] != "percentile":
+        return ScaleIntensityRanged("image", low, high, **target)
+    scale = ScaleIntensityRangePercentilesd("image", low, high, channel_wise=per_slice, **target)
+    turn = Transposed("image", (3, 1, 2, 0))  # slices in the place of channels, and back
+    return Compose([turn, scale, turn]) if per_slice else scale
