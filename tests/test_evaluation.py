@@ -6,7 +6,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from diffboost.segmentation.evaluation import CaseDice
+from diffboost.segmentation.evaluation import CaseDice, slice_axis_of, stack_slices
 from diffboost.segmentation.metrics import case_metrics
 
 
@@ -105,3 +105,64 @@ def test_without_case_every_slice_is_one():
     pred = torch.tensor([[[[1, 0]]], [[[0, 0]]]])
     label = torch.tensor([[[[1, 0]]], [[[1, 0]]]])
     assert run_metric([{"pred": pred, "label": label}]) == pytest.approx((1 + 1 + 0 + 1) / 4)
+
+
+def test_released_rules_by_hand():
+    label = square((20, 20), (5, 9), (5, 9))  # 16 pixels
+    pred = square((20, 20), (5, 9), (7, 13))  # 24 pixels, 8 of them common
+    scores = case_metrics(pred, label, (1, 1), 2, smooth=1.0)[1]
+    assert scores["dice"] == pytest.approx(2 * 9 / (2 * 9 + 17 + 9))  # 8 + 1, 16 + 1, 8 + 1
+    assert scores["precision"] == pytest.approx(9 / (9 + 17))
+    assert scores["recall"] == pytest.approx(9 / (9 + 9))
+    assert case_metrics(pred, label, (1, 1), 2, smooth=0)[1]["dice"] == pytest.approx(0.4)
+
+
+def test_pooled_distances_by_hand():
+    label = square((1, 40), (0, 1), (5, 6))  # one point
+    pred = square((1, 40), (0, 1), (5, 6))
+    pred[0, 25] = 1  # two points, 0 and 20 from the label's
+    one = case_metrics(pred, label, (1, 1), 2)[1]
+    assert one["hd95_mm"] == pytest.approx(19)  # of 0 and 20 at 95 %; the other way 0
+    assert one["assd_mm"] == pytest.approx(20 / 3)  # over the three points
+    pooled = case_metrics(pred, label, (1, 1), 2, distances="pooled")[1]
+    assert pooled["hd95_mm"] == pytest.approx(18)  # of 0, 0 and 20 at 95 %
+    assert pooled["assd_mm"] == pytest.approx((10 + 0) / 2)  # mean of the two ways' means
+
+
+def test_a_center_pixel_takes_the_place_of_nothing():
+    nothing = torch.zeros(11, 11, dtype=torch.uint8)
+    label = square((11, 11), (5, 6), (5, 9))  # holds the center, 4 pixels
+    stated = case_metrics(nothing, label, (1, 1), 2)[1]
+    painted = case_metrics(nothing, label, (1, 1), 2, empty_masks="center_pixel")[1]
+    assert stated["dice"] == 0 and stated["hd95_mm"] == pytest.approx(math.hypot(11, 11))
+    assert painted["dice"] == pytest.approx(2 / 5) and painted["hd95_mm"] < 3
+    assert stated["empty_prediction"] == painted["empty_prediction"] == 1
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"empty_masks": "centre_pixel"}, "empty_masks: .* did you mean 'center_pixel'"),
+        ({"distances": "direct"}, "distances: .* did you mean 'directed'"),
+        ({"smooth": -1}, "smooth: -1 is below 0"),
+    ],
+)
+def test_unknown_rules_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        case_metrics(torch.zeros(4, 4), torch.zeros(4, 4), (1, 1), 2, **options)
+
+
+def test_slices_are_stacked_and_stretched_to_the_depth():
+    volume = torch.arange(6).expand(2, 3, 6)
+    assert stack_slices(volume, 2, [1, 4])[0, 0].tolist() == [1, 1, 1, 4, 4, 4]
+    assert stack_slices(volume.movedim(2, 0), 0, [0, 2, 3, 5])[:, 0, 0].tolist() == [
+        0, 0, 2, 3, 3, 5,
+    ]  # fmt: skip
+
+
+def test_slices_lie_along_the_axis_of_the_world():
+    affine = torch.tensor([[0, -0.8, 0, 3], [0, 0, -0.9, 7], [-3, 0, 0, 1], [0, 0, 0, 1.0]])
+    found = {axis: slice_axis_of(affine, axis) for axis in ("axial", "coronal", "sagittal")}
+    assert found == {"axial": (0, True), "coronal": (2, True), "sagittal": (1, True)}
+    assert slice_axis_of(torch.eye(4), "axial") == (2, False)
