@@ -1,11 +1,13 @@
 """Table 1: the generator against Pix2Pix on held-out images; figures, and a picture of both."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
 
@@ -18,7 +20,8 @@ from diffboost.audit.image_quality import (
 from diffboost.data.addresses import address_seed
 from diffboost.data.slices import read_store, sha256_of_files, slice_items, write_image
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.backbones import backbone_sha256, has_part
+from diffboost.generation.backbones import backbone_sha256, has_part, resolve_backbone
+from diffboost.generation.lineage import read_lineage
 from diffboost.generation.pix2pix import load_translator
 from diffboost.generation.synthesis import read_generator
 from diffboost.handlers import write_aside
@@ -55,16 +58,19 @@ def held_out_items(store_dir: str, part: str, num_images: int | None, seed: int)
     if num_images is not None and num_images < 1:
         raise ValueError(f"num_images: {num_images} is not 1 or more; null takes all")
     store = read_store(store_dir)
-    one_fold = store.index.fold.nunique() < 2
-    if part == "test" and one_fold and not (store.index.section == "test").any():
+    index = store.columns(["section", "fold"])
+    if part == "test" and index.fold.nunique() < 2 and not (index.section == "test").any():
         raise ValueError(
             f"part: 'test', but {store.store_dir} holds no image out; prepare a new store with "
             "validation_fraction above 0 (a tree) or num_folds above 1 (a task)"
         )
     data = slice_items(store_dir, fold=0, part=part, inner_fraction=0)
+    table = data.case_hashes()
+    hashes = dict(zip(table["case"].to_pylist(), table["sha256"].to_pylist(), strict=True))
     order = np.random.RandomState(address_seed(seed, "held-out images")).permutation(len(data))
+    chosen = [data[int(number)] for number in np.sort(order[:num_images])]
     extra = {"variant": 0, "phrase": "", "seed": seed}
-    return [data[int(number)] | extra for number in np.sort(order[:num_images])]
+    return [item | extra | {"source_sha256": hashes[item["case"]]} for item in chosen]
 
 
 def compared_models(generator_dir: str | None, pix2pix_dir: str, backbone: str) -> dict:
@@ -93,13 +99,61 @@ def compared_models(generator_dir: str | None, pix2pix_dir: str, backbone: str) 
             )
         return facts
     generator = read_generator(generator_dir)
-    if generator["backbone_sha256"] != found_sha256:
+    trained_on = str(generator.get("backbone_sha256"))  # None: a Pix2Pix model
+    if trained_on != found_sha256:
         raise ValueError(
-            f"generator_dir: the generator in {generator_dir} was trained on backbone "
-            f"{generator['backbone']!r} ({generator['backbone_sha256'][:12]}), "
+            f"generator_dir: the model in {generator_dir} was trained on backbone "
+            f"{generator.get('backbone')!r} ({trained_on[:12]}), "
             f"not on backbone: {backbone!r} ({found_sha256[:12]})"
         )
     return facts | {"generator_sha256": generator["model_sha256"]}
+
+
+def refuse_seen_images(
+    data: Sequence[dict], part: str, generator_dir: str | None, pix2pix_dir: str, backbone: str
+) -> None:
+    """Refuses held-out images that one of the two models was trained on, by their hashes.
+
+    Args:
+        data: see :func:`held_out_items`.
+        part: images of another part than ``test`` are not said to be held out, and pass.
+        generator_dir: see :func:`compared_models`.
+        pix2pix_dir: folder of the Pix2Pix model.
+        backbone: brings a lineage where ``generator_dir`` is None.
+
+    Raises:
+        ValueError: names the model, how many images it has seen, and one of them.
+
+    Source: engineering choice (design, "lineage").
+    """
+    if part != "test":
+        return
+    hashes = pa.array([item["source_sha256"] for item in data])
+    for key, folder in {
+        "generator_dir": generator_dir or resolve_backbone(backbone),
+        "pix2pix_dir": pix2pix_dir,
+    }.items():
+        path = Path(folder) / "lineage.json"
+        if not path.is_file():  # a backbone from the hub has none
+            logger.warning("%s: %s has no lineage; what it has seen is unknown", key, folder)
+            continue
+        for cases in _cases_of(read_lineage(path)):
+            known = cases["sha256"] if isinstance(cases, pa.Table) else list(cases.values())
+            known = pa.chunked_array([known], pa.string()) if isinstance(known, list) else known
+            seen = pc.is_in(hashes, value_set=known).to_numpy(zero_copy_only=False)
+            if seen.any():
+                raise ValueError(
+                    f"part: 'test', but {seen.sum()} of {len(data)} images, such as "
+                    f"{data[int(seen.argmax())]['case']}, were in the training of {key}: {folder}; "
+                    "compare on a store whose test part no training saw (phantoms: another seed)"
+                )
+
+
+def _cases_of(lineage: dict) -> Iterator[dict | pa.Table]:
+    """What a model and its ancestors were trained on."""
+    yield lineage["cases"]
+    for ancestor in lineage["ancestors"]:
+        yield from _cases_of(ancestor)
 
 
 def image_paths(output_dir: str, method: str, num_images: int) -> list[Path]:
@@ -131,8 +185,9 @@ class MethodWriter:
 
     def _write(self, engine: Engine) -> None:
         batch, images = engine.state.batch, engine.state.output["pred"].float().cpu().numpy()
-        for case, slice_, image in zip(batch["case"], batch["slice"], images, strict=True):
-            write_image(self.paths[case, int(slice_)], image[0])
+        keys = list(zip(batch["case"], batch["slice"].tolist(), strict=True))
+        for key in dict.fromkeys(keys):  # not the copies that fill the last batch
+            write_image(self.paths[key], images[keys.index(key)][0])
 
 
 def write_table1(

@@ -11,6 +11,10 @@ from monai.networks.nets import UNet
 from monai.networks.utils import normal_init
 from torch import nn
 
+from diffboost.data.items import SliceItems
+from diffboost.data.slices import read_store
+from diffboost.generation.lineage import hash_cases
+
 
 class EdgeTranslator(nn.Sequential):
     """Pix2Pix's generator: MONAI's UNet and a hyperbolic tangent; edges in, gray images out.
@@ -130,6 +134,20 @@ class WeightedL1Loss(nn.L1Loss):
     def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Weighted error of images (B, 1, H, W)."""
         return self.weight * super().forward(prediction, target)
+
+
+def trace_translator(store_dir: str, data: SliceItems, seed: int) -> dict:
+    """What a Pix2Pix model will have seen: a lineage without backbone, prompts and ancestors.
+
+    Args:
+        store_dir: the slice store.
+        data: the training slices.
+        seed: the run's seed.
+
+    Source: engineering choice (design, "lineage").
+    """
+    store = read_store(store_dir).header["name"]
+    return {"store": store, "seed": seed, "cases": hash_cases(data), "ancestors": []}
 
 
 def load_translator(pix2pix_dir: str) -> EdgeTranslator:
