@@ -4,12 +4,15 @@ BIN := .venv/bin
 STAMP := .venv/installed
 CORES ?= 2
 TESTS ?= tests
+DATA ?= ../shared/data
+# what a study makes: report is all that its file orders; or table1, table2, figure4, figure6, figure7
+TARGET ?= report
 
 PRETRAIN := bundles/radimagenet_controlnet_pretrain
 WORK ?= runs/tiny_weights
 RUN = $(BIN)/python -m monai.bundle run --bundle_root $(PRETRAIN) --config_file $(PRETRAIN)/configs
 
-.PHONY: setup demo study test lint tiny_weights clean
+.PHONY: setup demo study paper_small test lint tiny_weights clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): setup.cfg pyproject.toml
@@ -22,9 +25,13 @@ setup: $(STAMP)  ## only the set-up
 demo: $(STAMP)  ## phantoms through all four bundles to runs/demo/report/index.html
 	$(BIN)/diffboost study workflow/experiments/demo.yaml --cores $(CORES)
 
-study: $(STAMP)  ## any experiment file: make study EXPERIMENT=path/to/file.yaml [DATASET_DIR=path]
+study: $(STAMP)  ## any experiment file: make study EXPERIMENT=path/to/file.yaml [DATASET_DIR=path] [TARGET=table2]
 	@test -n "$(EXPERIMENT)" || { echo "say which: make study EXPERIMENT=path/to/file.yaml"; exit 2; }
-	$(BIN)/diffboost study "$(EXPERIMENT)" --cores $(CORES) $(if $(DATASET_DIR),--dataset_dir "$(DATASET_DIR)")
+	$(BIN)/diffboost study "$(EXPERIMENT)" --cores $(CORES) --target $(TARGET) $(if $(DATASET_DIR),--dataset_dir "$(DATASET_DIR)")
+
+paper_small: $(STAMP)  ## every table and figure of the paper, small: make paper_small DATA=path (it holds busi/) [TARGET=table2]
+	@test -d "$(DATA)/busi" || { echo "DATA=$(DATA) holds no busi/: make paper_small DATA=path/to/data"; exit 2; }
+	$(BIN)/diffboost study workflow/experiments/paper_small.yaml --cores $(CORES) --target $(TARGET) --dataset_dir "$(DATA)/busi"
 
 test: $(STAMP)  ## the whole suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
