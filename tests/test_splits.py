@@ -89,3 +89,11 @@ def test_rows_in_no_fold_are_never_held_out():
     index = _index().assign(fold=-1)
     assert _cases("training", index, inner_fraction=0) == set(CASES)
     assert _cases("test", index) == set()
+
+
+def test_listed_cases_are_dealt_in_blocks():
+    folds = assign_folds(CASES, 3, seed=0, order="listed")
+    assert [folds[case] for case in CASES] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert assign_folds(CASES, 3, seed=5, order="listed") == folds
+    with pytest.raises(ValueError, match="fold_order: 'list' is unknown; did you mean 'listed'"):
+        assign_folds(CASES, 3, seed=0, order="list")

@@ -46,6 +46,9 @@ def prepare(
     include: list[str] | None = None,
     channel: int | None = None,
     labels: Mapping[str, list[int]] | None = None,
+    intensity_per: str | None = None,
+    prompt_order: str | None = None,
+    fold_order: str = "drawn",
     validation_fraction: float = 0.0,
     download: bool = False,
     phantoms: Mapping | None = None,
@@ -75,6 +78,8 @@ def prepare(
         include: subfolders to read (layout pairs) in place of the task's; None: the task's.
         channel: channel to read in place of the task's; None: the task's.
         labels: name -> source values in place of the task's, see ``change_task``; None: the task's.
+        intensity_per, prompt_order: in place of the task's, see ``change_task``; None: the task's.
+        fold_order: "drawn" or "listed", see ``assign_folds``.
         validation_fraction: share of a tree's images in [0, 1) that become section test, drawn by
             seed and path; at least one image unless it is 0.
         download: get the task's data set by MONAI if ``dataset_dir`` does not hold it.
@@ -91,7 +96,7 @@ def prepare(
 
     Source: DiffBoost Sec. 3.2, 3.3; engineering choice (design, "Slice store").
     """
-    task = change_task(read_task(task), channel, labels, include)
+    task = change_task(read_task(task), channel, labels, include, intensity_per, prompt_order)
     in_tree = task["layout"] == "radimagenet"
     if image_size < SMALLEST_PX:
         raise ValueError(f"image_size: {image_size}; at least {SMALLEST_PX} pixels are needed")
@@ -112,6 +117,7 @@ def prepare(
             "hed_size_px": _hed_size(edges, hed_size_px, image_size),
         },
         "num_folds": num_folds,
+        "fold_order": fold_order,
         "num_cases": num_cases,
         "phantoms": dict(phantoms or {}) if str(dataset_dir) == PHANTOMS else None,
         "seed": seed,
@@ -178,7 +184,7 @@ def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping
         _make_phantoms(root, wanted)
         source = read_source(root, wanted["task"])
         source.cases = _limit(
-            source.cases, wanted["num_cases"], wanted["num_folds"], wanted["seed"]
+            source.cases, *(wanted[key] for key in ("num_cases", "num_folds", "seed", "fold_order"))
         )
         writer = StoreWriter(partial_dir, root, wanted, detector)
         writer.write_slices(source, limits["num_workers"])
@@ -293,7 +299,9 @@ def _make_phantoms(source_dir: Path, wanted: Mapping) -> None:
         raise ValueError(f"phantoms: {wanted['phantoms']}: {error}") from error
 
 
-def _limit(cases: list[Case], num_cases: int | None, num_folds: int, seed: int) -> list[Case]:
+def _limit(
+    cases: list[Case], num_cases: int | None, num_folds: int, seed: int, fold_order: str
+) -> list[Case]:
     """``num_cases`` cases of section training, drawn by seed; those of section test stay."""
     training = [case.name for case in cases if case.section == "training"]
     if num_cases is not None:
@@ -302,6 +310,6 @@ def _limit(cases: list[Case], num_cases: int | None, num_folds: int, seed: int) 
         drawn = sorted(training, key=lambda name: (address_seed(seed, "prepare", name), name))
         training = drawn[:num_cases]
     if len(training) == len(cases):
-        assign_folds(training, num_folds, seed)  # raises early if there are too few
+        assign_folds(training, num_folds, seed, fold_order)  # raises early if there are too few
     kept = set(training)
     return [case for case in cases if case.section == "test" or case.name in kept]

@@ -135,7 +135,7 @@ class StoreWriter:
         num_folds = self.wanted["num_folds"]
         if (index.section == "test").any():  # folds only move the inner validation then
             num_folds = min(num_folds, len(training))
-        folds = assign_folds(training, num_folds, self.wanted["seed"])
+        folds = assign_folds(training, num_folds, self.wanted["seed"], self.wanted["fold_order"])
         index["fold"] = index.case.map(folds).fillna(-1).astype(int)
         index[list(INDEX_COLUMNS)].to_parquet(self.store_dir / "index.parquet", index=False)
         sections = index.drop_duplicates("case").section.value_counts()

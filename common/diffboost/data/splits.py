@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
 
 from diffboost.data.addresses import address_seed
+from diffboost.knobs import nearest
 
 PARTS = ("training", "inner_validation", "training_fold", "test", "all")
+FOLD_ORDERS = ("drawn", "listed")
 
 
 def _seeded_order(cases: Iterable[str], *address: int | str) -> list[str]:
@@ -14,28 +17,39 @@ def _seeded_order(cases: Iterable[str], *address: int | str) -> list[str]:
     return sorted(set(cases), key=lambda case: (address_seed(*address, case), case))
 
 
-def assign_folds(cases: Iterable[str], num_folds: int, seed: int) -> dict[str, int]:
+def assign_folds(
+    cases: Iterable[str], num_folds: int, seed: int, order: str = "drawn"
+) -> dict[str, int]:
     """A fold for every case, of sizes that differ by one at most.
 
     Args:
-        cases: names of the cases; their order does not matter.
+        cases: names of the cases; their order does not matter if it is drawn.
         num_folds: number of folds, at least 1.
         seed: seed of the draw.
+        order: "drawn" by seed and name, or "listed": the first cases are fold 0, the next fold 1 …
 
     Returns:
         case -> fold in [0, num_folds).
 
     Raises:
-        ValueError: ``num_folds`` < 1, or fewer cases than folds.
+        ValueError: ``num_folds`` < 1, fewer cases than folds, or an unknown order.
 
-    Source: DiffBoost Sec. 4.1 (k-fold cross validation); drawing by name is our choice.
+    Source: DiffBoost Sec. 4.1 (k-fold cross validation); drawing by name is our choice, the
+        released code takes them as listed (facts 33).
     """
-    order = _seeded_order(cases, seed, "fold")
+    if order not in FOLD_ORDERS:
+        raise ValueError(f"fold_order: {order!r} is unknown; {nearest(order, FOLD_ORDERS)}")
+    names = list(dict.fromkeys(cases))
+    if order == "drawn":
+        names = _seeded_order(names, seed, "fold")
     if num_folds < 1:
         raise ValueError(f"num_folds: {num_folds}; at least 1 is needed")
-    if len(order) < num_folds:
-        raise ValueError(f"num_folds: {num_folds} folds need as many cases, there are {len(order)}")
-    return {case: rank % num_folds for rank, case in enumerate(order)}
+    if len(names) < num_folds:
+        raise ValueError(f"num_folds: {num_folds} folds need as many cases, there are {len(names)}")
+    if order == "drawn":
+        return {case: rank % num_folds for rank, case in enumerate(names)}
+    blocks = np.array_split(np.arange(len(names)), num_folds)  # the first ones may have one more
+    return {names[rank]: fold for fold, block in enumerate(blocks) for rank in block}
 
 
 def select(
