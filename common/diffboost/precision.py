@@ -4,23 +4,45 @@ import torch
 from monai.inferers import SimpleInferer
 from torch import nn
 
+from diffboost.knobs import nearest
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def autocast_dtype(precision: str) -> torch.dtype:
+    """The type that autocast computes in; float32 stands for no autocast.
+
+    Raises:
+        ValueError: ``precision`` is none of float32, bfloat16, float16.
+
+    Source: engineering choice.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r} is not known; {nearest(precision, PRECISIONS)}")
+    return PRECISIONS[precision]
+
 
 class AutocastInferer(SimpleInferer):
-    """Runs a network in bfloat16 where that is asked for, and gives float32 back.
+    """Runs a network in half precision where that is asked for, and gives float32 back.
 
     Args:
-        amp: autocast to bfloat16, which needs no loss scaling.
+        amp: short for the precision bfloat16, which needs no loss scaling.
+        precision: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: ``precision`` is unknown.
 
     Source: engineering choice.
     """
 
-    def __init__(self, amp: bool = False) -> None:
+    def __init__(self, amp: bool = False, precision: str = "float32") -> None:
         super().__init__()
-        self.amp = amp
+        self.dtype = torch.bfloat16 if amp else autocast_dtype(precision)
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args, **kwargs):
         """What the network gives, a tensor or a tuple of tensors, in float32."""
-        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        enabled = self.dtype != torch.float32
+        with torch.autocast(inputs.device.type, dtype=self.dtype, enabled=enabled):
             output = super().__call__(inputs, network, *args, **kwargs)
         if isinstance(output, tuple):
             return tuple(part.float() for part in output)

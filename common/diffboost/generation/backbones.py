@@ -1,24 +1,34 @@
 """Backbones: the autoencoder, UNet, ControlNet branch, text encoder, tokenizer and scheduler.
 
-Every backbone is a folder in the layout of diffusers, with one sub-folder a part. ``tiny`` is such
-a folder inside this package; a hub id is one on the Hugging Face hub; any local folder is taken as
-it is. So the tiny default and Stable Diffusion 1.5 differ in nothing but this name.
+A backbone is a folder in the layout of diffusers, with one sub-folder a part: ``tiny`` is such a
+folder inside this package, a hub id is one on the Hugging Face hub, any local folder is taken as it
+is. Or it is a single file in the original layout (:mod:`diffboost.generation.single_file`). So the
+tiny default and Stable Diffusion 1.5 differ in nothing but this name.
 """
 
 import hashlib
 import inspect
 import json
 import logging
-import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants, hf_hub_download
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffboost.data.slices import sha256_of_files
+from diffboost.generation.lineage import write_lineage
+from diffboost.generation.single_file import (
+    SUFFIXES,
+    load_single_file,
+    load_tokenizer,
+    parts_of,
+    read_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +49,9 @@ def resolve_backbone(backbone: str) -> str:
     """The folder or hub id that a backbone's name stands for.
 
     Args:
-        backbone: ``tiny``, a local folder in the layout of diffusers, a hub id ``owner/name``, or
-            ``sd15`` for Stable Diffusion 1.5's hub id.
+        backbone: ``tiny``; ``sd15`` for Stable Diffusion 1.5's hub id; another hub id
+            ``owner/name``; a local folder in the layout of diffusers; a single file in the original
+            layout of latent diffusion or ControlLDM.
 
     Raises:
         FileNotFoundError: ``tiny`` lacks its weights, or a path does not exist.
@@ -57,14 +68,15 @@ def resolve_backbone(backbone: str) -> str:
     if backbone == "sd15":
         return SD15
     path = Path(backbone).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.is_file() and path.suffix in SUFFIXES):
         return str(path)
     looks_like_hub_id = backbone.count("/") == 1 and not backbone.startswith((".", "/", "~"))
-    if path.is_file() or not looks_like_hub_id:
+    if path.is_file() or not looks_like_hub_id or path.suffix in SUFFIXES:
         raise FileNotFoundError(
-            f"backbone: {backbone!r} is no folder; allowed are 'tiny', a local folder in the "
-            "layout of diffusers (vae/, unet/, text_encoder/, tokenizer/, scheduler/) "
-            "and a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
+            f"backbone: {backbone!r} is no folder and no file that ends in {', '.join(SUFFIXES)}; "
+            "allowed are 'tiny', a local folder in the layout of diffusers (vae/, unet/, "
+            "text_encoder/, tokenizer/, scheduler/), a single file in the original layout, and a "
+            f"hub id such as '{SD15}'"
         )
     return backbone
 
@@ -72,6 +84,8 @@ def resolve_backbone(backbone: str) -> str:
 def has_part(backbone: str, part: str) -> bool:
     """Whether a backbone brings this part; a hub id is taken to hold Stable Diffusion's parts."""
     root = Path(resolve_backbone(backbone))
+    if root.is_file():
+        return part in parts_of(root) or part in ("tokenizer", "scheduler")
     return (root / part).is_dir() if root.is_dir() else part != "controlnet"
 
 
@@ -98,7 +112,7 @@ def load_config(backbone: str, part: str) -> dict:
     allowed = sorted(set(PARTS) - {"tokenizer"})
     if part not in allowed:
         raise ValueError(f"part: {part!r} is not one of {allowed}")
-    if part == "controlnet" and resolve_backbone(backbone) != SD15 and not has_part(backbone, part):
+    if part == "controlnet" and _config_path(backbone, part) is None:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(load_config(backbone, "unet"))
             return dict(ControlNetModel.from_unet(unet, load_weights_from_unet=False).config)
@@ -110,20 +124,25 @@ def load_config(backbone: str, part: str) -> dict:
     return defaults | given
 
 
-def _config_path(backbone: str, part: str) -> Path:
-    """The JSON file of a part's configuration, from the hub where the backbone is a hub id."""
+def _config_path(backbone: str, part: str) -> Path | None:
+    """The JSON file of a part's configuration; None for a branch that the backbone lacks."""
     root = Path(resolve_backbone(backbone))
-    if root == Path(SD15):
-        return SD15_DIR / part / "config.json"
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    if not root.is_dir():
-        try:
-            return Path(hf_hub_download(backbone, f"{part}/{name}"))
-        except OSError as error:
-            raise _missing_part(backbone, part) from error
-    if not (root / part / name).is_file():
+    beside = root.parent if root.is_file() else root
+    for path in (beside / part / name, beside / part / "config.json"):
+        if path.is_file():
+            return path
+    unlike_sd15 = part == "controlnet" and (beside / "unet" / "config.json").is_file()
+    if root == Path(SD15) or (root.is_file() and not unlike_sd15):
+        return SD15_DIR / part / "config.json"
+    if part == "controlnet":
+        return None
+    if root.is_dir():
         raise _missing_part(backbone, part)
-    return root / part / name
+    try:
+        return Path(hf_hub_download(backbone, f"{part}/{name}"))
+    except OSError as error:
+        raise _missing_part(backbone, part) from error
 
 
 def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMScheduler:
@@ -146,18 +165,32 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
     if torch.get_default_device().type == "meta" and issubclass(PARTS[part], nn.Module):
         return _without_weights(backbone, part)
     root = resolve_backbone(backbone)
-    options = {"use_safetensors": True} if issubclass(PARTS[part], nn.Module) else {}
-    try:
-        loaded = PARTS[part].from_pretrained(root, subfolder=part, **options)
-    except OSError as error:
-        raise _missing_part(backbone, part) from error
+    if Path(root).is_file():
+        loaded = _load_from_file(root, part)
+    else:
+        load = read_tokenizer if part == "tokenizer" else PARTS[part].from_pretrained
+        options = {"use_safetensors": True} if issubclass(PARTS[part], nn.Module) else {}
+        try:
+            loaded = load(root, subfolder=part, **options)
+        except OSError as error:
+            raise _missing_part(backbone, part) from error
     if isinstance(loaded, nn.Module):
         loaded = loaded.float().eval().requires_grad_(False)
     return loaded
 
 
+def _load_from_file(path: str, part: str) -> nn.Module | CLIPTokenizer | DDPMScheduler:
+    """One part of a single-file backbone."""
+    if part == "tokenizer":
+        return load_tokenizer(path)
+    config = load_config(path, part)
+    if part == "scheduler":
+        return DDPMScheduler.from_config(config)
+    return load_single_file(path, part, lambda: _without_weights(path, part), config)
+
+
 def _without_weights(backbone: str, part: str) -> nn.Module:
-    """A network on the default device as its configuration makes it, for counting."""
+    """A network on the default device as its configuration makes it."""
     config = load_config(backbone, part)
     if part == "text_encoder":
         network = CLIPTextModel(CLIPTextModel.config_class(**config))
@@ -172,31 +205,41 @@ def _missing_part(backbone: str, part: str) -> FileNotFoundError:
     if root.is_dir():
         found = ", ".join(sorted(path.name for path in root.iterdir())) or "nothing"
         return FileNotFoundError(
-            f"backbone: the part {part!r} was looked for in {root / part}; {root} holds {found}; "
-            f"`hf download {SD15} --local-dir {root}` gets Stable Diffusion 1.5"
+            f"backbone: the part {part!r} of {root} was looked for in {root / part}; there "
+            f"is {found}; `hf download {SD15} --local-dir {root}` gets Stable Diffusion 1.5"
         )
-    offline = os.environ.get("HF_HUB_OFFLINE", "0")
     return FileNotFoundError(
         f"backbone: the part {part!r} of {backbone!r} was looked for on the hub and in its local "
-        f"cache {HF_HUB_CACHE} (HF_HUB_OFFLINE={offline}); "
+        f"cache {constants.HF_HUB_CACHE} (HF_HUB_OFFLINE={int(constants.HF_HUB_OFFLINE)}); "
         f"`hf download {backbone} --include '{part}/*'` on a machine with a network gets it"
     )
 
 
 def backbone_sha256(backbone: str) -> str:
-    """Hash over the files of a local backbone (names and bytes); a hub id hashes its name.
+    """Hash over a local backbone's files (names and bytes), a single file's with what stands beside
+    it; a hub id hashes its name.
 
     Source: engineering choice.
     """
     root = Path(resolve_backbone(backbone))
     digest = hashlib.sha256()
-    if not root.is_dir():
+    if root.is_file():
+        digest.update(bytes.fromhex(_file_sha256(root, root.stat().st_mtime_ns)))
+        for part in sorted({*parts_of(root), "scheduler"}):
+            digest.update(json.dumps(load_config(str(root), part), sort_keys=True).encode())
+        root = root.parent / "tokenizer"
+    elif not root.is_dir():
         digest.update(str(backbone).encode())
-        return digest.hexdigest()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(bytes.fromhex(_file_sha256(path, path.stat().st_mtime_ns)))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_sha256(path: Path, changed_ns: int) -> str:
+    """A file's hash; checkpoints of gigabytes are read once a process."""
+    return sha256_of_files([path])
 
 
 def write_backbone(
@@ -234,9 +277,14 @@ def write_backbone(
             part.save_pretrained(partial / name)
             _forget_path(partial / name / "config.json")
         elif base is not None and has_part(base, name):
-            shutil.copytree(Path(resolve_backbone(base)) / name, partial / name)
+            root = Path(resolve_backbone(base))
+            if root.is_dir():
+                shutil.copytree(root / name, partial / name)
+            else:
+                load_part(base, name).save_pretrained(partial / name)
+                _forget_path(partial / name / "config.json")
     if lineage is not None:
-        (partial / "lineage.json").write_text(json.dumps(lineage, sort_keys=True) + "\n")
+        write_lineage(partial / "lineage.json", lineage)
     partial.rename(target)
     logger.info(
         "wrote backbone %s: %s", target, ", ".join(sorted(p.name for p in target.iterdir()))

@@ -8,6 +8,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from diffboost.generation.backbones import has_part, load_part
+from diffboost.generation.single_file import fill_branch, key_groups, read_state
+from diffboost.precision import autocast_dtype
 
 
 class ControlledUNet(nn.Module):
@@ -20,16 +22,29 @@ class ControlledUNet(nn.Module):
         backbone: see :func:`diffboost.generation.backbones.resolve_backbone`. A backbone without
             a branch gets a new one that starts from the UNet's encoder with zero convolutions.
         train_base: train the UNet too; the paper trains the branch alone (facts 3).
-        weights: a ``model.pt`` to start from (branch, and UNet where it was trained).
+        weights: a ``model.pt`` to start from (branch, and UNet where it was trained), or a
+            single-file ControlNet or ControlLDM in the original layout or diffusers'.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, about
+            a third more time.
+        channels_last: lay convolutions out as (B, H, W, C), faster on GPUs.
+        precision: what the network will run in; a frozen UNet is kept in it, half the memory.
 
     Raises:
         FileNotFoundError: ``weights`` is no file.
-        ValueError: ``weights`` does not fit.
+        ValueError: ``weights`` is of unknown layout or does not fit, or precision is unknown.
 
     Source: paper Sec. 3.1, Fig. 1.
     """
 
-    def __init__(self, backbone: str, train_base: bool = False, weights: str | None = None) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        train_base: bool = False,
+        weights: str | None = None,
+        gradient_checkpointing: bool = False,
+        channels_last: bool = False,
+        precision: str = "float32",
+    ) -> None:
         super().__init__()
         unet = load_part(backbone, "unet")
         if has_part(backbone, "controlnet"):
@@ -39,9 +54,17 @@ class ControlledUNet(nn.Module):
         if weights is not None:
             self._load(unet, Path(weights))
         self.controlnet.requires_grad_(True)
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            self.controlnet.enable_gradient_checkpointing()
+        if not train_base:
+            # diffusers' own `to` warns of modules that must stay in float32, of which it has none
+            unet = nn.Module.to(unet.requires_grad_(False), autocast_dtype(precision))
         self._frozen: tuple[nn.Module, ...] = () if train_base else (unet,)
         if train_base:
             self.unet = unet.requires_grad_(True)
+        if channels_last:
+            self.to(memory_format=torch.channels_last)
 
     def _load(self, unet: nn.Module, path: Path) -> None:
         if not path.is_file():
@@ -49,7 +72,11 @@ class ControlledUNet(nn.Module):
                 f"weights: {path} is no file; task_finetune and radimagenet_controlnet_pretrain "
                 "write model.pt into their output_dir"
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not key_groups(path)["controlnet."]:
+            fill_branch(self.controlnet, unet, path)
+            self.controlnet.float(), unet.float()
+            return
+        state = read_state(path)
         for name, module in (("controlnet", self.controlnet), ("unet", unet)):
             prefix = name + "."
             part = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
