@@ -1,4 +1,4 @@
-"""The command `diffboost`: runs a study, writes a report."""
+"""The command `diffboost`: runs a study, writes a report, says what a study will cost."""
 
 import fcntl
 import inspect
@@ -89,6 +89,41 @@ def report(run_dir: str, only: str | None = None) -> None:
     EXHIBITS[only](Path(run_dir))
 
 
+def cost(
+    experiment: str,
+    device: str = "cpu",
+    dataset_dir: str | None = None,
+    num_slices: int | None = None,
+    num_pretraining: int | None = None,
+    json: str | bool | None = None,
+    runs_dir: str | None = None,
+) -> None:
+    """Shows what a study will cost, before anything runs: FLOPs, memory, images, disk and hours.
+
+    Counts passes of the real networks on the meta device: no weights, no network, no GPU needed.
+    The number of slices is taken from the study's store, else from the headers of the scans.
+
+    Args:
+        experiment: the experiment file.
+        device: what the hours are for: cpu (this machine, measured for two seconds), a6000, a100
+            or h100.
+        dataset_dir: used instead of the file's own.
+        num_slices: where the data is not here: count with so many cases of one slice each.
+        num_pretraining: the same for images of the pretraining tree.
+        json: a file for the plan as JSON; without a value, or as "-", it is printed instead.
+        runs_dir: folder of all runs, where the study's store may lie, as for `study`.
+    """
+    from diffboost.cost.command import show_cost  # imports diffusers, which takes seconds
+
+    sizes = {"dataset_dir": dataset_dir, "num_slices": num_slices, "runs_dir": runs_dir}
+    sizes["num_pretraining"] = num_pretraining
+    try:
+        target = "-" if json is True else json or None
+        sys.stdout.write(show_cost(experiment, device, target, **sizes))
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
 def _hold(lock: TextIO, run_dir: Path) -> None:
     """Exits if another process runs this study; the lock goes with the process, however it ends."""
     try:
@@ -97,7 +132,7 @@ def _hold(lock: TextIO, run_dir: Path) -> None:
         raise SystemExit(f"{run_dir}: another process is running this study") from None
 
 
-COMMANDS = {"study": study, "report": report}
+COMMANDS = {"study": study, "report": report, "cost": cost}
 
 
 def main() -> None:

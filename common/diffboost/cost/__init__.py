@@ -1,0 +1,1 @@
+"""What a study costs, counted before it runs: FLOPs, memory, images, disk and hours a stage."""

@@ -1,0 +1,277 @@
+"""The stages of a study with what each costs: units a slice times the slices of its folds."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+from diffboost import plans
+from diffboost.cost import units
+from diffboost.cost.units import Unit
+from diffboost.data.splits import select
+from diffboost.plans import Experiment
+
+NPY_HEADER = 128  # bytes
+# Knobs on which the cost of a variant depends, and those on which that of a segmenter does not.
+SAMPLING_KNOBS = (
+    "scheduler", "num_inference_steps", "guidance_scale", "control_scale", "batch_size",
+)  # fmt: skip
+FREE_KNOBS = ("alpha", "patch_size", "num_variants", "epochs", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a stage.
+
+    Args:
+        stage: prepare, latents, finetune, synthesize, train_segmentation, evaluate …
+        what: arm, setting or network, where there are several.
+        fold, seed: of the run; None where it has none.
+        images: passes of an image through the stage's network.
+        steps: updates of weights; 0 where nothing is trained.
+        unit: FLOPs an image, and memory.
+        flops: of the whole run.
+        disk_bytes: of what it writes.
+    """
+
+    stage: str
+    what: str
+    fold: int | None
+    seed: int | None
+    images: int
+    steps: int
+    unit: Unit
+    flops: float
+    disk_bytes: int
+
+
+class StudyCost:
+    """Counts every stage of an experiment.
+
+    Args:
+        experiment: the study.
+        configs: the config file of each section, see ``stage_configs``.
+        index: a row a slice, see ``study_slices``.
+        num_classes: with background.
+        num_pretraining: images of the tree of pretraining; None where the study has none.
+
+    Source: engineering choice
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        configs: Mapping[str, Path],
+        index: pd.DataFrame,
+        num_classes: int,
+        num_pretraining: int | None = None,
+    ) -> None:
+        self.experiment = experiment
+        self.configs = configs
+        self.index = index
+        self.num_classes = num_classes
+        self.num_pretraining = num_pretraining
+        self._counted: dict[tuple, object] = {}
+        self._edges = cache(units.edge_detection)
+        self._encoding = cache(units.encoding)
+
+    def _once(self, key: tuple, counting: Callable):
+        """What ``counting`` gives; folds, arms and seeds share it, so it is counted once."""
+        if key not in self._counted:
+            self._counted[key] = counting()
+        return self._counted[key]
+
+    def stages(self) -> list[Stage]:
+        """Every run, in the order of the study."""
+        found = [self._prepare(), *self._pretraining()]
+        needs_variants = any(map(plans.uses_variants, self.experiment.arms))
+        if needs_variants:
+            found += [stage for fold in self.experiment.folds for stage in self._finetune(fold)]
+            found += self._syntheses()
+        for setting in plans.settings(self.experiment):
+            for segmenter in plans.segmenters(self.experiment, setting):
+                found += self._segmentation(segmenter)
+        return found
+
+    def _parse(self, section: str, knobs: Mapping, **settings) -> units.ConfigParser:
+        """The config of a diffusion stage with the overlay of the study's scale."""
+        files = [self.configs[section]]
+        if self.experiment.scale != "tiny":
+            files.append(files[0].with_name(f"{self.experiment.scale}.yaml"))
+        study = {"backbone": self.experiment.backbone, "image_size": self.experiment.image_size}
+        return units.parse(files, study | settings | dict(knobs))
+
+    def _slices(self, fold: int, part: str, knobs, min_foreground_px: bool = True) -> pd.DataFrame:
+        """The slices of one part of a fold; those with foreground only if the index knows it."""
+        fraction = units.value(knobs, "inner_fraction", 0.2)
+        rows = select(self.index, fold, part, fraction, num_cases=self.experiment.num_cases)
+        if min_foreground_px and "foreground_px" in rows:
+            rows = rows[rows.foreground_px >= units.value(knobs, "min_foreground_px", 0)]
+        return rows
+
+    def _prepare(self) -> Stage:
+        study, number = self.experiment, len(self.index)
+        unit = self._edges(study.edges, study.image_size, study.hed_size_px)
+        disk = number * (2 + 1 + 1) * study.image_size**2  # 16-bit image, label, edge
+        return _stage("prepare", number, unit, disk_bytes=disk)
+
+    def _latents(self, stage: str, parser, number: int, prompts: int, fold=None) -> Stage:
+        """The cache of latents: every copy encoded, every prompt embedded, once."""
+        backbone, size = (units.value(parser, key) for key in ("backbone", "image_size"))
+        images = number * units.value(parser, "num_copies", 1)
+        unit, text = self._encoding(backbone, size), units.embedding(backbone)
+        channels, height, width = units.latent_shape(backbone, size)
+        tokens, text_width = units.context_shape(backbone)
+        disk = images * (2 * channels * height * width * 2 + size**2)  # float16 moments, 8-bit edge
+        disk += (prompts + 1) * tokens * text_width * 4 + 3 * NPY_HEADER
+        row = _stage(stage, images, unit, fold=fold, disk_bytes=disk)
+        return replace(row, flops=row.flops + (prompts + 1) * text.flops)
+
+    def _training(self, stage: str, parser, number: int, drop_last: bool, fold=None) -> Stage:
+        """A training of the generator on so many slices."""
+        unit = self._once((stage,), lambda: units.generator_training(parser))
+        epochs, batch = (units.value(parser, key) for key in ("epochs", "batch_size"))
+        if drop_last:
+            number -= number % batch
+        steps = epochs * -(-number // batch)
+        steps = -(-steps // units.value(parser, "accumulation", 1))
+        row = _stage(stage, epochs * number, unit, fold=fold, steps=steps)
+        row = replace(row, disk_bytes=unit.saved_bytes)
+        if units.value(parser, "cache_latents", True):
+            return row
+        encoding = self._encoding(
+            *(units.value(parser, key) for key in ("backbone", "image_size")), batch
+        )
+        unit = replace(unit, weight_bytes=unit.weight_bytes + encoding.weight_bytes)
+        return replace(row, unit=unit, flops=row.flops + row.images * encoding.flops)
+
+    def _finetune(self, fold: int) -> Iterator[Stage]:
+        parser = self._parse("finetune", self.experiment.finetune)
+        rows = self._slices(fold, "training", parser)
+        prompts = rows.prompt.nunique() if "prompt" in rows else 1
+        if units.value(parser, "cache_latents", True):
+            yield self._latents("latents", parser, len(rows), prompts, fold)
+        yield self._training("finetune", parser, len(rows), False, fold)
+
+    def _syntheses(self) -> Iterator[Stage]:
+        """The base's synthetic store of each fold, and those of settings that need their own."""
+        study, made = self.experiment, set()
+        for setting in plans.settings(study):
+            for fold in (
+                study.folds if setting == plans.BASE else study.ablation_folds or study.folds
+            ):
+                folder = plans.synthetic_dir(setting, fold)
+                if folder not in made:
+                    made.add(folder)
+                    yield self._synthesis(setting, fold)
+
+    def _synthesis(self, setting: plans.Setting, fold: int) -> Stage:
+        study = self.experiment
+        parser = self._parse("synthesis", plans.synthesis_knobs(study, setting))
+        finetuned = self._parse("finetune", study.finetune)
+        knobs = {key: units.value(parser, key) for key in SAMPLING_KNOBS if key in parser}
+        train_base = units.value(finetuned, "train_base")
+        unit = self._once(("sampling", repr(knobs)), lambda: units.sampling(parser, train_base))
+        number = len(self._slices(fold, "training", parser)) * units.value(parser, "ratio")
+        what = _label(setting)
+        row = _stage(
+            "synthesize", number, unit, what, fold, disk_bytes=number * 2 * study.image_size**2
+        )
+        measured = min(number, units.value(parser, "num_measured", 0))
+        edges = self._edges(study.edges, study.image_size, study.hed_size_px)
+        return replace(row, flops=row.flops + measured * edges.flops)
+
+    def _segmentation(self, segmenter: plans.Segmenter) -> Iterator[Stage]:
+        """Training and evaluation of one segmenter."""
+        study, arm, fold = self.experiment, segmenter.arm, segmenter.fold
+        knobs = plans.segmentation_knobs(study, segmenter.setting, arm)
+        network = plans.segmentation_network(study, segmenter.setting)
+        parser = self._segmentation_parser(network, knobs)
+        joined = arm.startswith("diffboost") and units.value(parser, "merge") == "logits"
+        passes = 2 if joined else 1
+        key = (network, passes, repr({k: v for k, v in knobs.items() if k not in FREE_KNOBS}))
+        training = self._once(("train", *key), lambda: units.segmenter_training(parser, passes))
+        forward = self._once(("test", *key), lambda: units.segmenter_inference(parser))
+        number = len(self._slices(fold, "training", parser))
+        epochs, batch = (units.value(parser, key) for key in ("epochs", "batch_size"))
+        what = " ".join(filter(None, (arm, _label(segmenter.setting))))
+        two = arm == plans.SYNTHETIC_THEN_REAL
+        row = _stage(
+            "train_segmentation", epochs * number, training, what, fold, segmenter.seed,
+            epochs * -(-number // batch), training.saved_bytes * (2 if two else 1),
+        )  # fmt: skip
+        selection = units.value(parser, "selection", "inner_validation")
+        checked = len(self._slices(fold, selection, parser, selection == "test"))
+        validations = epochs // min(units.value(parser, "val_interval"), epochs)
+        yield replace(row, flops=row.flops + validations * checked * forward.flops)
+        tested = self._slices(fold, "test", parser, min_foreground_px=False)
+        disk = int(tested.pixels.sum())  # a byte a voxel
+        yield _stage("evaluate", len(tested), forward, what, fold, segmenter.seed, 0, disk)
+
+    def _segmentation_parser(self, network: str, knobs: Mapping):
+        files = [self.configs["segmentation"]]
+        files += plans.network_overlay(files[0], network)
+        study = {"image_size": self.experiment.image_size, "num_classes": self.num_classes}
+        return units.parse(files, study | dict(knobs))
+
+    def _pretraining(self) -> Iterator[Stage]:
+        """Table 1: the tree's edges, latents, generator, Pix2Pix, and their comparison."""
+        study = self.experiment
+        if study.pretrain is None:
+            return
+        settings = {"image_size": study.pretrain.get("image_size") or study.image_size}
+        size = settings["image_size"]
+        knobs = {name: study.pretrain.get(name) or {} for name in ("prepare", "train", "pix2pix")}
+        if self.num_pretraining is not None:
+            unit = self._edges(study.edges, size, study.hed_size_px)
+            yield _stage(
+                "prepare_tree",
+                self.num_pretraining,
+                unit,
+                disk_bytes=self.num_pretraining * size**2,
+            )
+            fraction = knobs["prepare"].get("validation_fraction", 0.01)
+            training = round(self.num_pretraining * (1 - fraction))
+            held_out = self.num_pretraining - training
+        else:
+            training = len(select(self.index, 0, "training_fold"))
+            held_out = len(select(self.index, 0, "test"))
+        parser = self._parse("pretrain.train", knobs["train"], **settings)
+        if units.value(parser, "cache_latents", True):
+            yield self._latents("pretrain_latents", parser, training, 1)
+        yield self._training("pretrain", parser, training, True)
+        parser = units.parse([self.configs["pretrain.pix2pix"]], settings | knobs["pix2pix"])
+        unit = units.translator_training(parser)
+        epochs, batch = (units.value(parser, key) for key in ("epochs", "batch_size"))
+        kept = training - training % batch
+        yield _stage(
+            "train_pix2pix", epochs * kept, unit, steps=epochs * (kept // batch),
+            disk_bytes=unit.saved_bytes,
+        )  # fmt: skip
+        knobs = {"batch_size": 32} | (study.pretrain.get("evaluate") or {})
+        parser = units.parse(
+            [self.configs["pretrain.evaluate"]], {"backbone": study.backbone} | settings | knobs
+        )
+        number = min(held_out, units.value(parser, "num_images"))
+        unit = units.sampling(parser)
+        yield _stage("evaluate_images", number, unit, disk_bytes=2 * number * 2 * size**2)
+
+
+def _label(setting: plans.Setting) -> str:
+    return f"{setting.knob}={setting.value}" if setting.knob else ""
+
+
+def _stage(
+    stage: str,
+    images: int,
+    unit: Unit,
+    what: str = "",
+    fold: int | None = None,
+    seed: int | None = None,
+    steps: int = 0,
+    disk_bytes: int = 0,
+) -> Stage:
+    flops = images * unit.flops
+    return Stage(stage, what, fold, seed, images, steps, unit, flops, disk_bytes)

@@ -1,0 +1,284 @@
+"""One image's way through each network of a study, counted with the bundles' own modules."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+from diffboost.conditions.edges import ControlNetHED_Apache2, detection_size, load_edge_detector
+from diffboost.cost.counting import Count, count, inference, num_bytes, optimizer_bytes
+from diffboost.generation.backbones import load_config, load_part
+from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
+from diffboost.generation.sampling import SCHEDULERS
+from diffboost.store_writer import EDGE_BATCH
+
+LATENT_BATCH = 32  # of build_cache
+
+
+@dataclass(frozen=True)
+class Unit:
+    """FLOPs an image, and the memory that a whole batch needs.
+
+    Args:
+        flops: of one image, forward, and backward where it is a training.
+        weight_bytes: parameters and buffers, those of averages included.
+        gradient_bytes, optimizer_bytes: of what is trained.
+        activation_bytes: peak of a batch.
+        saved_bytes: of the weights that the stage writes.
+        batch_size: images a step.
+        precision: of the multiplications.
+    """
+
+    flops: float
+    weight_bytes: int
+    activation_bytes: int
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    saved_bytes: int = 0
+    batch_size: int = 1
+    precision: str = "float32"
+
+
+def parse(files: Sequence[str | Path], knobs: Mapping) -> ConfigParser:
+    """A stage's config with its overlays and knobs, on the meta device and without weights.
+
+    Args:
+        files: the config file, then its overlays.
+        knobs: replace what the files say.
+
+    Source: engineering choice
+    """
+    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
+    parser.update(dict(knobs))
+    parser["device"] = "$torch.device('meta')"
+    if "weights" in parser:
+        parser["weights"] = None
+    return parser
+
+
+def value(parser: ConfigParser, key: str, default=None):
+    """What a knob is after all overlays; ``default`` where the config has no such key."""
+    return parser.get_parsed_content(key) if key in parser else default
+
+
+def _weights(modules: Iterable[nn.Module]) -> int:
+    return num_bytes(t for m in modules for t in (*m.parameters(), *m.buffers()))
+
+
+def _trained(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def latent_shape(backbone: str, image_size: int) -> tuple[int, int, int]:
+    """(C, h, w) of an image's latent."""
+    config = load_config(backbone, "vae")
+    side = image_size // 2 ** (len(config["block_out_channels"]) - 1)
+    return config["latent_channels"], side, side
+
+
+def context_shape(backbone: str) -> tuple[int, int]:
+    """(tokens, width) of a prompt's embedding."""
+    config = load_config(backbone, "text_encoder")
+    return config["max_position_embeddings"], config["hidden_size"]
+
+
+def _generator_inputs(backbone: str, image_size: int, batch_size: int) -> tuple:
+    """Latent, timesteps, context and edge of a batch, on the default device."""
+    latent = torch.zeros(batch_size, *latent_shape(backbone, image_size))
+    timesteps = torch.zeros(batch_size, dtype=torch.long)
+    context = torch.zeros(batch_size, *context_shape(backbone))
+    return latent, timesteps, context, torch.zeros(batch_size, 1, image_size, image_size)
+
+
+def generator_training(parser: ConfigParser) -> Unit:
+    """A step of finetuning or pretraining: network, loss and optimizer are the config's own.
+
+    Args:
+        parser: of ``parse``.
+
+    Source: engineering choice (paper Eq. 11 is what the step computes)
+    """
+    backbone, size, batch = (value(parser, k) for k in ("backbone", "image_size", "batch_size"))
+    with torch.device("meta"):
+        network, loss = (parser.get_parsed_content(key) for key in ("network", "loss"))
+    base = network.base
+    network.train()
+
+    def step() -> None:
+        with torch.device("meta"):
+            inputs = _generator_inputs(backbone, size, batch)
+            lost = loss(network(*inputs), torch.zeros_like(inputs[0]))
+        torch.autograd.backward(lost)
+
+    counted = count(step, [network, base])
+    trained = _trained(network)
+    average = num_bytes(trained) if value(parser, "ema_decay", 0) else 0
+    optimizer = parser.get_parsed_content("optimizer")
+    unit = _unit(counted, batch, {network, base}, value(parser, "precision", "float32"))
+    return replace(
+        unit,
+        weight_bytes=unit.weight_bytes + average,
+        gradient_bytes=num_bytes(p.grad for p in trained),
+        optimizer_bytes=optimizer_bytes(optimizer),
+        saved_bytes=num_bytes(trained),
+    )
+
+
+def _unit(counted: Count, batch: int, modules: Iterable[nn.Module], precision: str) -> Unit:
+    return Unit(
+        counted.flops / batch,
+        _weights(modules),
+        counted.activation_bytes,
+        batch_size=batch,
+        precision=precision,
+    )
+
+
+def _forward(run: Callable, modules: list[nn.Module], batch: int, precision="float32") -> Unit:
+    """A forward pass of a batch without gradients."""
+    with torch.device("meta"):
+        return _unit(inference(run, modules), batch, set(modules), precision)
+
+
+def encoding(backbone: str, image_size: int, batch_size: int = LATENT_BATCH) -> Unit:
+    """The autoencoder's encoder, as the cache of latents runs it."""
+    with torch.device("meta"):
+        autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae"))
+    shape = (batch_size, 1, image_size, image_size)
+    return _forward(lambda: autoencoder.encode(torch.zeros(shape)), [autoencoder], batch_size)
+
+
+def embedding(backbone: str) -> Unit:
+    """The text encoder, a prompt."""
+    with torch.device("meta"):
+        encoder = load_part(backbone, "text_encoder")
+    tokens = context_shape(backbone)[0]
+    return _forward(lambda: encoder(torch.zeros(1, tokens, dtype=torch.long)), [encoder], 1)
+
+
+def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
+    """A variant: every step of the sampler, doubled by guidance, and the decoder.
+
+    Args:
+        parser: of ``parse``, for the synthesis config.
+        train_base: whether the generator has a UNet of its own; changes no FLOPs.
+
+    Source: engineering choice; the loop is ``VariantInferer``'s
+    """
+    backbone, size, batch = (value(parser, k) for k in ("backbone", "image_size", "batch_size"))
+    kind, options = SCHEDULERS[value(parser, "scheduler")]
+    scheduler = kind.from_config(load_config(backbone, "scheduler"), **options)
+    scheduler.set_timesteps(value(parser, "num_inference_steps"))
+    doubled = 2 if value(parser, "guidance_scale") > 1 else 1
+    with torch.device("meta"):
+        network = ControlledUNet(backbone, train_base).eval()
+        autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae"))
+        latent = torch.zeros(batch, *latent_shape(backbone, size))
+    scale = value(parser, "control_scale")
+    modules = [network, network.base, autoencoder]
+    step = _forward(
+        lambda: network(*_generator_inputs(backbone, size, doubled * batch), scale), modules, batch
+    )
+    decoding = _forward(lambda: autoencoder.decode_scaled(latent), modules, batch)
+    return replace(
+        step,
+        flops=step.flops * len(scheduler.timesteps) + decoding.flops,
+        activation_bytes=max(step.activation_bytes, decoding.activation_bytes),
+        precision=value(parser, "precision", "float32"),
+    )
+
+
+def edge_detection(edges: str, image_size: int, hed_size_px: int | None) -> Unit:
+    """HED at its own size, or the gradient, a slice.
+
+    Args:
+        edges: the detector's name.
+        image_size: side of a slice in pixels.
+        hed_size_px: side at which HED looks at it; None: ``detection_size``.
+
+    Source: engineering choice
+    """
+    shape = (EDGE_BATCH, 1, image_size, image_size)
+    if edges == "gradient":
+        detector = load_edge_detector(edges, device="meta")
+        return _forward(lambda: detector(torch.zeros(shape)), [], EDGE_BATCH)
+    side = hed_size_px or detection_size(image_size)
+    with torch.device("meta"):
+        network = ControlNetHED_Apache2()
+    return _forward(lambda: network(torch.zeros(EDGE_BATCH, 3, side, side)), [network], EDGE_BATCH)
+
+
+def segmenter_training(parser: ConfigParser, passes: int = 1) -> Unit:
+    """A step of a segmenter: network, loss and optimizer are the config's own.
+
+    Args:
+        parser: of ``parse``.
+        passes: 2 where a batch is joined by its variants (arms of diffboost, merged as logits).
+
+    Source: engineering choice; facts 22 (cost of the merge)
+    """
+    network, loss = (parser.get_parsed_content(key) for key in ("network", "loss"))
+    batch, size, channels = (
+        value(parser, key) for key in ("batch_size", "image_size", "in_channels")
+    )
+    network.train()
+
+    def step() -> None:
+        with torch.device("meta"):
+            slices = torch.zeros(passes * batch, channels or 1, size, size)
+            label = torch.zeros(batch, 1, size, size, dtype=torch.uint8)
+        torch.autograd.backward(loss(sum(network(slices).chunk(passes)), label))
+
+    counted = count(step, [network])
+    optimizer = parser.get_parsed_content("optimizer")
+    unit = _unit(counted, batch, {network}, _amp(parser))
+    return replace(
+        unit,
+        gradient_bytes=num_bytes(p.grad for p in _trained(network)),
+        optimizer_bytes=optimizer_bytes(optimizer),
+        saved_bytes=unit.weight_bytes,
+    )
+
+
+def segmenter_inference(parser: ConfigParser, batch_size: int = 16) -> Unit:
+    """A segmenter's forward pass, a slice."""
+    network = parser.get_parsed_content("network").eval()
+    size, channels = (value(parser, key) for key in ("image_size", "in_channels"))
+    shape = (batch_size, channels or 1, size, size)
+    return _forward(lambda: network(torch.zeros(shape)), [network], batch_size)
+
+
+def _amp(parser: ConfigParser) -> str:
+    return "bfloat16" if value(parser, "amp", False) else "float32"
+
+
+def translator_training(parser: ConfigParser) -> Unit:
+    """A step of Pix2Pix, its discriminator's included, as ``AdversarialTrainer`` does it.
+
+    Args:
+        parser: of ``parse``, for train_pix2pix.yaml.
+
+    Source: Isola et al. 2017
+    """
+    network, judge = (parser.get_parsed_content(key) for key in ("network", "discriminator"))
+    batch, size = (value(parser, key) for key in ("batch_size", "image_size"))
+
+    def step() -> None:
+        edge = torch.zeros(batch, 1, size, size, device="meta")
+        drawn = network(edge)
+        # MONAI's adversarial loss cannot be on the meta device; a sum leads back the same way.
+        torch.autograd.backward(judge(torch.cat([edge, drawn], 1))[-1].sum())
+        for image in (edge, drawn.detach()):
+            torch.autograd.backward(judge(torch.cat([edge, image], 1))[-1].sum())
+
+    counted = count(step, [network, judge])
+    optimizers = [value(parser, key) for key in ("optimizer", "discriminator_optimizer")]
+    return replace(
+        _unit(counted, batch, {network, judge}, "float32"),
+        gradient_bytes=num_bytes(p.grad for m in (network, judge) for p in _trained(m)),
+        optimizer_bytes=sum(optimizer_bytes(optimizer) for optimizer in optimizers),
+        saved_bytes=_weights([network]),
+    )
