@@ -192,6 +192,9 @@ def test_both_networks_learn_and_the_discriminator_sees_edge_and_image(folder, t
     for key, net in networks.items():
         moved = [not torch.equal(a, b) for a, b in zip(before[key], net.parameters(), strict=True)]
         assert all(moved), key
+    saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    last = networks["network"].state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in last.items())
     assert len(batches) == (24 - len(held_out(folder))) // 4 > 1
     for step, batch in enumerate(batches):
         assert torch.equal(seen["network"][step], batch["edge"])
