@@ -18,7 +18,7 @@ from diffboost.generation.backbones import (
 )
 from diffboost.generation.lineage import hash_cases, read_lineage, write_lineage
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
-from diffboost.handlers import is_main_process, save_weights
+from diffboost.handlers import is_main_process, save_weights, wait_for_processes
 
 
 def trace_lineage(
@@ -133,8 +133,13 @@ def export_autoencoder(
         lineage: what the autoencoder has seen.
         num_images: images measured, evenly spread over the data set.
 
+    The first process writes, the others wait.
+
     Source: latent diffusion (scale = 1 / standard deviation of the latents).
     """
+    if not is_main_process():
+        wait_for_processes()
+        return Path(output_dir)
     network = getattr(network, "module", network)
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     network.eval()
@@ -147,7 +152,9 @@ def export_autoencoder(
             means.append(moments.chunk(2, dim=1)[0].cpu())
     scale = 1 / torch.cat(means).std().item()
     network.autoencoder.register_to_config(scaling_factor=scale)
-    return write_backbone(output_dir, {"vae": network.autoencoder}, backbone, lineage=lineage)
+    target = write_backbone(output_dir, {"vae": network.autoencoder}, backbone, lineage=lineage)
+    wait_for_processes()
+    return target
 
 
 def export_backbone(generator_dir: str, backbone: str, output_dir: str) -> Path:
