@@ -14,11 +14,11 @@ from diffboost.conditions.edges import EdgeDetector, detection_size, load_edge_d
 from diffboost.data.addresses import address_seed
 from diffboost.data.downloads import decathlon_folder, decathlon_places
 from diffboost.data.phantoms import write_decathlon_task, write_radimagenet_tree
-from diffboost.data.slices import STORE_VERSION, read_store
 from diffboost.data.sources import Case, read_source
 from diffboost.data.splits import assign_folds
 from diffboost.data.tasks import change_task, read_task
 from diffboost.processes import is_main_process, wait_for_processes
+from diffboost.store_folders import RECORD, in_place, new_partial, open_partial
 from diffboost.store_writer import StoreWriter
 from diffboost.tree_writer import TreeWriter
 
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 PHANTOMS = "phantoms"
 PHANTOM_WRITERS = {"decathlon": write_decathlon_task, "radimagenet": write_radimagenet_tree}
-RECORD = "wanted.json"  # in a partial folder: what it will be
 SMALLEST_PX = 16  # HED halves its input four times
 
 
@@ -130,7 +129,7 @@ def prepare(
             wanted["source_dir"] = os.path.abspath(
                 _find_source(dataset_dir, task, store_dir, download)
             )
-        if not _in_place(store_dir, wanted):
+        if not in_place(store_dir, wanted):
             _check_source(store_dir, wanted)
             write = _write_tree if in_tree else _write_cases
             write(store_dir, wanted, (edge_weights, device), limits)
@@ -178,7 +177,7 @@ def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping
     """Writes a store of labelled cases, in this process."""
     choice = wanted["preprocessing"]
     detector = load_edge_detector(choice["edges"], edges[0], choice["hed_size_px"], edges[1])
-    partial_dir = _new_partial(store_dir)
+    partial_dir = new_partial(store_dir)
     try:
         root = partial_dir / wanted["source_dir"]
         _make_phantoms(root, wanted)
@@ -203,7 +202,7 @@ def _write_tree(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping)
     root = partial_dir / wanted["source_dir"]
     writer = TreeWriter(partial_dir, root, wanted, detector)
     if is_main_process():
-        _open_partial(store_dir, {**wanted, "weights": detector.weights_sha256})
+        open_partial(store_dir, {**wanted, "weights": detector.weights_sha256})
         try:
             _make_phantoms(root, wanted)
             writer.write_index(**limits)
@@ -224,26 +223,6 @@ def _write_tree(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping)
         raise
 
 
-def _open_partial(store_dir: Path, wanted: Mapping) -> None:
-    """Makes a tree's partial folder, or accepts one that an interrupted run of the same left."""
-    wanted = json.loads(json.dumps({**wanted, "store_version": STORE_VERSION}))
-    record = store_dir.with_name(store_dir.name + ".partial") / RECORD
-    if not record.is_file():
-        _new_partial(store_dir)
-        record.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        return
-    found = json.loads(record.read_text(encoding="utf-8"))
-    different = [key for key in wanted if found.get(key) != wanted[key]]
-    if different:
-        first = different[0]
-        raise FileExistsError(
-            f"store_dir: {record.parent} holds an unfinished store: {', '.join(different)} differ "
-            f"({first}: {found.get(first)} there, {wanted[first]} asked for); finish that one, "
-            "remove it, or choose a new folder"
-        )
-    logger.info("%s: going on with what an interrupted run left", record.parent)
-
-
 def _hed_size(edges: str, hed_size_px: int | None, image_size: int) -> int | None:
     """The side at which edges are detected; None for ``gradient``, which works at image size."""
     if edges == "gradient":
@@ -251,38 +230,6 @@ def _hed_size(edges: str, hed_size_px: int | None, image_size: int) -> int | Non
     if hed_size_px is not None and hed_size_px < image_size:
         raise ValueError(f"hed_size_px: {hed_size_px} is below image_size {image_size}")
     return hed_size_px or detection_size(image_size)
-
-
-def _in_place(store_dir: Path, wanted: Mapping) -> bool:
-    """Whether this very store is there already; raises for anything else that is there."""
-    if not store_dir.exists() or not any(store_dir.iterdir()):
-        return False
-    if not (store_dir / "dataset.json").is_file():
-        raise FileExistsError(f"store_dir: {store_dir} holds something that is no slice store")
-    header = read_store(store_dir).header
-    found = {key: header.get(key) for key in wanted}
-    found["preprocessing"] = {
-        key: (header.get("preprocessing") or {}).get(key) for key in wanted["preprocessing"]
-    }
-    different = [key for key in wanted if found[key] != json.loads(json.dumps(wanted[key]))]
-    if different:
-        first = different[0]
-        raise FileExistsError(
-            f"store_dir: {store_dir} holds another store: {', '.join(different)} differ "
-            f"({first}: {found[first]} there, {wanted[first]} asked for); choose a new folder"
-        )
-    logger.info("%s: this store is in place already, nothing to do", store_dir)
-    return True
-
-
-def _new_partial(store_dir: Path) -> Path:
-    """An empty folder beside the store's place."""
-    partial_dir = store_dir.with_name(store_dir.name + ".partial")
-    if partial_dir.exists():
-        logger.warning("removing %s, left by a run that was stopped", partial_dir)
-        shutil.rmtree(partial_dir)
-    partial_dir.mkdir(parents=True)
-    return partial_dir
 
 
 def _make_phantoms(source_dir: Path, wanted: Mapping) -> None:
