@@ -229,7 +229,7 @@ def _write_table2(run_dir: Path) -> None:
     write_aside(run_dir / "tables/table2.md", lambda path: path.write_text(text, "utf-8"))
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """A figure as a file of the kind that its name says."""
     form = path.suffix[1:]
     keywords = {"metadata": {"Date": None}} if form == "svg" else {"dpi": 200}
@@ -244,18 +244,18 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _write_figure4(run_dir: Path) -> None:
     """figures/figure4.png of a study's folder."""
-    _save(merge_figure(run_dir), run_dir / "figures/figure4.png")
+    save(merge_figure(run_dir), run_dir / "figures/figure4.png")
 
 
 def _write_figure6(run_dir: Path) -> None:
     """figures/figure6.svg of a study's folder."""
     knobs = figure6_knobs(results.read_experiment_as_run(run_dir))
-    _save(ablation_figure(results.read_metrics(run_dir), knobs), run_dir / "figures/figure6.svg")
+    save(ablation_figure(results.read_metrics(run_dir), knobs), run_dir / "figures/figure6.svg")
 
 
 def _write_figure7(run_dir: Path) -> None:
     """figures/figure7.svg of a study's folder."""
-    _save(network_figure(results.read_metrics(run_dir)), run_dir / "figures/figure7.svg")
+    save(network_figure(results.read_metrics(run_dir)), run_dir / "figures/figure7.svg")
 
 
 EXHIBITS: dict[str, Callable[[Path], None]] = {
