@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 from small_store import write_store, write_variants
 
 from diffboost import cli
 from diffboost.report import number, seconds, signed, write_report
+from diffboost.results import load_metrics
 from diffboost.statistics import case_values, describe, paired_difference, summarize
 
 ARMS = ["baseline", "diffboost"]
@@ -47,9 +49,9 @@ def write_variants_of_store(store_dir, synthetic_dir) -> None:
     (synthetic_dir / "edge_agreement.json").write_text(json.dumps(agreement))
 
 
-def write_results(run_dir, arm: str, seed: int) -> None:
+def write_results(run_dir, arm: str, seed: int, setting: str = "") -> None:
     """One evaluated segmenter, whose predictions are the truth."""
-    folder = run_dir / "fold0" / arm / f"seed{seed}"
+    folder = run_dir / setting / "fold0" / arm / f"seed{seed}"
     (folder / "predictions").mkdir(parents=True)
     metric_rows(arm, seed).to_csv(folder / "metrics.csv", index=False)
     log = {"epoch": [1, 2], "train_loss": [1.0, 0.5], "val_dice": [0.2, 0.4], "seconds": [1, 2]}
@@ -57,6 +59,15 @@ def write_results(run_dir, arm: str, seed: int) -> None:
     for case in TEST_CASES:
         label = nib.load(run_dir / "store" / "source" / "labelsTr" / f"{case}.nii.gz")
         nib.save(label, folder / "predictions" / f"{case}.nii.gz")
+
+
+def write_table1(folder) -> None:
+    """What evaluate of the pretraining bundle leaves."""
+    folder.mkdir(parents=True)
+    rows = [("Pix2Pix", "MAE", 0.1469, 0.05, 30), ("Ours", "MAE", 0.0873, 0.03, 30)]
+    columns = ["method", "metric", "mean", "sd", "n"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "table1.csv", index=False)
+    Image.new("L", (8, 8)).save(folder / "table1.png")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,10 @@ def run_dir(tmp_path_factory):
     for arm in ARMS:
         for seed in (0, 1):
             write_results(run_dir, arm, seed)
+        write_results(run_dir, "diffboost", int(arm == "diffboost"), "ablation/alpha=0.2")
+        for seed in (0, 1):
+            write_results(run_dir, arm, seed, "ablation/network=unet")
+    write_table1(run_dir / "pretrain" / "evaluation")
     write_results(run_dir, "baseline", 2)  # of an earlier order: not in the experiment file
     (run_dir / "benchmarks").mkdir()
     for name, time, memory in (
@@ -83,6 +98,8 @@ def run_dir(tmp_path_factory):
         (run_dir / "benchmarks" / f"{name}.tsv").write_text(text)
     experiment = {"name": "small <b>", "protocol": "sound", "task": "balls", "arms": ARMS}
     experiment |= {"dataset_dir": "balls", "folds": [0], "seeds": [0, 1]}
+    experiment |= {"network": ["attention_unet", "unet"]}
+    experiment |= {"ablations": {"segmentation": {"alpha": [0.6, 0.2]}}}
     (run_dir / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     write_report(run_dir)
     return run_dir
@@ -150,16 +167,21 @@ def test_all_metrics_stand_in_one_file(run_dir):
     metrics = pd.read_csv(run_dir / "metrics.csv")
     columns = ["arm", "fold", "seed", "case", "label", "metric", "value", "knob", "knob_value"]
     assert list(metrics) == columns
-    assert len(metrics) == 2 * 2 * len(metric_rows("baseline", 0))
-    figures, _ = summarize(metrics, ARMS)
+    runs = 2 * 2 + 2 * 2 + 2 * 4  # base; alpha, shared and 0.2; network, shared and unet
+    assert len(metrics) == runs * len(metric_rows("baseline", 0))
+    figures, _ = summarize(load_metrics(run_dir / "metrics.csv").query("knob == ''"), ARMS)
     assert figures["diffboost"]["dice"]["mean"] == pytest.approx(0.705)
 
 
 def test_the_page_stands_alone_and_says_what_was_found(run_dir):
     page = (run_dir / "report" / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)
-    assert page.count("data:image/png;base64,") == 2 + len(ARMS)  # variants, masks; predictions
-    assert page.count("data:image/svg+xml;base64,") == 4  # differences, two curves, costs
+    assert page.count("data:image/png;base64,") == 3 + len(
+        ARMS
+    )  # variants, masks, table 1; predictions
+    assert (
+        page.count("data:image/svg+xml;base64,") == 6
+    )  # differences, figures 6, 7, two curves, costs
     assert "small &lt;b&gt;" in page and "<b>small" not in page
     assert page.count("no gain shown") == 2 + 1  # two cases show nothing; and the rule itself
     for words in (
@@ -168,6 +190,10 @@ def test_the_page_stands_alone_and_says_what_was_found(run_dir):
         "0.80 with their own hint",
         "2 min 02 s",
         "Worst, median",
+        "10 segmenters",
+        "0.1469 ± 0.0500",
+        "<td>alpha</td><td>0.2</td><td>diffboost</td><td>0.705</td>",
+        "<td>network</td><td>unet</td><td>baseline</td><td>0.605</td>",
     ):
         assert words in page
 

@@ -151,8 +151,10 @@ def test_paper_small_plans_every_table_and_figure_with_one_synthesis_a_fold(tmp_
     assert set(used) == {"8", "4", "2", "1"} and used["1"] == 2  # its training and its evaluation
 
 
-def test_paper_prostate_plans_the_papers_scale_and_protocol(tmp_path):
-    jobs, output = dry_run(REPOSITORY / "workflow/experiments/paper_prostate.yaml", tmp_path)
+def test_paper_prostate_plans_the_papers_scale_and_protocol_on_many_gpus(tmp_path):
+    written = (REPOSITORY / "workflow/experiments/paper_prostate.yaml").read_text()
+    (tmp_path / "prostate.yaml").write_text(written + "processes: 4\n")
+    jobs, output = dry_run(tmp_path / "prostate.yaml", tmp_path)
     assert (jobs["synthesize"], jobs["finetune"], jobs["pretrain"]) == (3, 3, 0)
     segmenters = 3 * (15 + 5 + 5 + 6 + 4 * 2)
     assert jobs["train_segmentation"] == jobs["evaluate"] == segmenters
@@ -163,6 +165,8 @@ def test_paper_prostate_plans_the_papers_scale_and_protocol(tmp_path):
     assert len(diffusion) == 3 + 3
     assert set(words_of(diffusion, "image_size")) == {"384"}
     assert words_of(diffusion, "ratio") == ["50"] * 3
+    many = [words for words in commands if "multi_gpu" in " ".join(words)]
+    assert len(many) == output.count("--nproc_per_node=4") == len(commands) - 1  # but prepare
     protocol = yaml.safe_load((REPOSITORY / "workflow/protocols/paper.yaml").read_text())
     for knob, value in protocol["segmentation"].items():
         found = set(words_of([words for words in commands if "--arm" in words], knob))

@@ -8,6 +8,16 @@ TARGETS += ["figures/figure6.svg"] * bool(KNOBS)
 TARGETS += ["figures/figure7.svg"] * (len(STUDY.networks) > 1)
 
 
+localrules:
+    report,
+    record,
+    table1,
+    table2,
+    figure4,
+    figure6,
+    figure7,
+
+
 def ordered(target, inputs):
     """Input function that says so where the experiment orders nothing for a target."""
 
