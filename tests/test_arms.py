@@ -322,6 +322,18 @@ def test_an_empty_prediction_is_stated_or_painted(folder, evaluated):
     assert np.allclose(hd95[0], diagonal) and (hd95[1] < 0.8 * diagonal).all()
 
 
+def test_protocol_paper_runs_as_a_whole(folder, reference):
+    protocol = yaml.safe_load((CONFIGS.parents[2] / "workflow/protocols/paper.yaml").read_text())
+    knobs = protocol["segmentation"] | {"arm": "diffboost"}
+    assert not same(train(folder, "paper", **knobs), reference("diffboost"))
+    settings = {"store_dir": str(folder / "store"), "output_dir": str(folder / "paper")}
+    run([TRAIN, EVALUATE], **settings, **knobs, **protocol["evaluate"])
+    table = pd.read_csv(folder / "paper" / "metrics.csv")
+    assert np.isfinite(table.value).all() and set(table.case) == {"case_0", "case_3"}
+    overlaps = table[table.metric.isin(["dice", "precision", "recall"])].value
+    assert ((overlaps > 0) & (overlaps < 1)).all()  # smooth keeps them off both ends
+
+
 def test_overlays_say_what_they_are_for():
     for name in NETWORKS:
         text = Path(overlay(name)).read_text()

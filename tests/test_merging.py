@@ -153,7 +153,6 @@ def test_variant_of_another_size_is_refused(store, tmp_path):
         ),
         ("baseline", {"size_divisor": 32}, "image_size: 32; .* a multiple of 32 from 64 up"),
         ("baseline", {"in_channels": 2}, "in_channels: 2 does not fit the store .* which has 1"),
-        ("baseline", {"num_variants": 2}, "num_variants: 2, but arm 'baseline' meets no variants"),
         ("synthetic", {}, "arm 'synthetic' needs a synthetic_dir, but synthetic_dir is None"),
         ("baseline", {"min_foreground_px": 999}, "min_foreground_px 999"),
     ],

@@ -41,7 +41,8 @@ def training_items(
         min_foreground_px: slices with fewer labeled pixels are left out (paper: 21).
         inner_fraction: part of the fold's training cases kept for inner validation.
         num_cases: train on this many cases only; all if None.
-        num_variants: use the first so many variants of a slice; all if None.
+        num_variants: use the first so many variants of a slice; all if None. Like alpha, nothing
+            to arms without variants.
 
     Returns:
         Dictionaries of ``slice_items``, with ``variants`` (list of paths) where they are needed.
@@ -56,8 +57,6 @@ def training_items(
     if needs_variants != (synthetic_dir is not None):
         need = "needs a synthetic_dir" if needs_variants else "takes no synthetic_dir"
         raise ValueError(f"arm {arm!r} {need}, but synthetic_dir is {synthetic_dir!r}")
-    if num_variants is not None and not needs_variants:
-        raise ValueError(f"num_variants: {num_variants}, but arm {arm!r} meets no variants")
     check_store(store_dir, image_size, num_classes, in_channels, size_divisor)
     items = slice_items(
         store_dir,
