@@ -65,7 +65,8 @@ def study_slices(
     index["pixels"] = index.pixels.fillna(experiment.image_size**2)
     training = index.case[index.section == "training"].unique()
     num_folds = min(experiment.num_folds, len(training))
-    folds = assign_folds(training, num_folds, experiment.prepare.get("seed", 0))
+    seed, order = (experiment.prepare.get(k, v) for k, v in (("seed", 0), ("fold_order", "drawn")))
+    folds = assign_folds(training, num_folds, seed, order)
     index["fold"] = index.case.map(folds).fillna(-1).astype(int)
     return index, said
 

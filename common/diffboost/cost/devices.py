@@ -9,26 +9,27 @@ from torch.nn.functional import conv2d
 from diffboost.knobs import nearest
 
 PROBE_SECONDS = 2.0
-GPU_UTILIZATION = 0.4
-CPU_UTILIZATION = 0.7
+GPU_UTILIZATION = {"float32": 0.4, "bfloat16": 0.4, "float16": 0.4}
+# Of steps of tiny generators and segmenters, one thread; 16 bit mostly waits for norms and copies.
+CPU_UTILIZATION = {"float32": 0.5, "bfloat16": 0.12, "float16": 0.12}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device: FLOP/s at its best by precision, the part of it that is assumed, its memory.
+    """A device: FLOP/s at its best and the part of it assumed to be reached, by precision; memory.
 
     Source: engineering choice
     """
 
     name: str
     peak_flops: dict[str, float]
-    utilization: float
+    utilization: dict[str, float]
     memory_bytes: float | None
     origin: str
 
     def hours(self, flops: float, precision: str) -> float:
         """Hours that so many FLOPs take."""
-        return flops / (self.peak_flops[precision] * self.utilization) / 3600
+        return flops / (self.peak_flops[precision] * self.utilization[precision]) / 3600
 
 
 def _gpu(name: str, float32: float, half: float, memory_gb: int) -> Device:

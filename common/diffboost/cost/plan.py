@@ -133,10 +133,10 @@ class StudyCost:
         """A training of the generator on so many slices."""
         unit = self._once((stage,), lambda: units.generator_training(parser))
         epochs, batch = (units.value(parser, key) for key in ("epochs", "batch_size"))
+        together = batch * units.value(parser, "accumulation", 1)  # slices of an update
         if drop_last:
-            number -= number % batch
-        steps = epochs * -(-number // batch)
-        steps = -(-steps // units.value(parser, "accumulation", 1))
+            number -= number % together
+        steps = epochs * -(-number // together)
         row = _stage(stage, epochs * number, unit, fold=fold, steps=steps)
         row = replace(row, disk_bytes=unit.saved_bytes)
         if units.value(parser, "cache_latents", True):

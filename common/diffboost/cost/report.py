@@ -12,11 +12,12 @@ PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3,
 ASSUMPTIONS = (
     "FLOPs: 2 a multiply-add of convolutions, linear layers and attention, counted in real passes "
     "(backward and recomputed ones too) on the meta device; norms, losses and loading are not.",
-    "Weights (with their running average), gradients and optimizer states are exact; activations "
-    "are the largest sum of live tensors of one step in float32 with fused attention, an upper "
-    "bound where a stage runs in 16 bit; memory of the allocator and of kernels comes on top.",
+    "Memory: weights (with their running average), gradients and optimizer states are exact (8-bit "
+    "states: a quarter); activations are the largest sum of live tensors in a step in float32 with "
+    "fused attention, an upper bound where a stage runs in 16 bit; what allocator and kernels take "
+    "comes on top.",
     "Disk: latents and model.pt are exact; PNG are taken at their raw size, an upper bound.",
-    "Hours are of one device in one process, without loading files and starting up.",
+    "Hours: one device, one process, without starting up, reading files, augmentation and metrics.",
 )
 
 
@@ -53,26 +54,14 @@ def rows(stages: Sequence[Stage], device: Device) -> pd.DataFrame:
 
 
 def table(runs: pd.DataFrame) -> str:
-    """The runs as an aligned table, folds and seeds of the same stage and arm together.
+    """The runs as an aligned table: folds, seeds, and arms of equal cost, in one row.
 
     Args:
         runs: of ``rows``.
 
     Source: engineering choice
     """
-    together = runs.groupby(["stage", "what"], sort=False)
-    total = together.agg(
-        runs=("stage", "size"),
-        images=("images", "sum"),
-        steps=("steps", "sum"),
-        flops=("flops", "sum"),
-        weight_bytes=("weight_bytes", "max"),
-        gradient_bytes=("gradient_bytes", "max"),
-        optimizer_bytes=("optimizer_bytes", "max"),
-        activation_bytes=("activation_bytes", "max"),
-        disk_bytes=("disk_bytes", "sum"),
-        hours=("hours", "sum"),
-    ).reset_index()
+    total = _together(runs)
     trained = total.gradient_bytes + total.optimizer_bytes
     memory = total.weight_bytes + trained + total.activation_bytes
     sums = ["runs", "images", "steps", "flops", "disk_bytes", "hours"]
@@ -94,6 +83,27 @@ def table(runs: pd.DataFrame) -> str:
         }
     )
     return aligned(shown, left=2)
+
+
+def _together(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a stage and arm, folds and seeds added up; arms of equal cost in one row."""
+    sums = {name: (name, "sum") for name in ("images", "steps", "flops", "disk_bytes", "hours")}
+    kinds = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes")
+    peaks = {name: (name, "max") for name in kinds}
+    arms = runs.groupby(["stage", "what"], sort=False)
+    arms = arms.agg(runs=("stage", "size"), **sums, **peaks).reset_index()
+    equal = arms.groupby(["stage", "runs", *sums, *peaks], sort=False)
+    number = equal.what.transform("size")
+    for name in ("runs", *sums):
+        arms[name] *= number
+    arms["what"] = equal.what.transform(_listed)
+    return arms.drop_duplicates().reset_index(drop=True)
+
+
+def _listed(names: pd.Series) -> str:
+    """The names, or the first two and how many more."""
+    more = len(names) - 2
+    return ", ".join(names) if more < 2 else f"{', '.join(names[:2])} and {more} more"
 
 
 def aligned(shown: pd.DataFrame, left: int) -> str:
@@ -134,11 +144,11 @@ def assumptions(device: Device, data: str) -> list[str]:
 
     Source: engineering choice
     """
-    peaks = ", ".join(
-        f"{scaled(flops)}FLOP/s in {name}" for name, flops in device.peak_flops.items()
-    )
-    stated = f"Device {device.name}: {peaks} ({device.origin}), of which "
-    stated += f"{device.utilization:.0%} are assumed to be reached."
+    shares = [
+        f"{device.utilization[name]:.0%} of {scaled(flops)}FLOP/s in {name}"
+        for name, flops in device.peak_flops.items()
+    ]
+    stated = f"Device {device.name}: {', '.join(shares)} are assumed ({device.origin})."
     return [f"Data: {data}.", stated, *ASSUMPTIONS]
 
 

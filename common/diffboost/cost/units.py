@@ -54,8 +54,9 @@ def parse(files: Sequence[str | Path], knobs: Mapping) -> ConfigParser:
     parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
     parser.update(dict(knobs))
     parser["device"] = "$torch.device('meta')"
-    if "weights" in parser:
-        parser["weights"] = None
+    for key, neutral in (("weights", None), ("compile", False)):
+        if key in parser:
+            parser[key] = neutral
     return parser
 
 
@@ -102,9 +103,13 @@ def generator_training(parser: ConfigParser) -> Unit:
     Source: engineering choice (paper Eq. 11 is what the step computes)
     """
     backbone, size, batch = (value(parser, k) for k in ("backbone", "image_size", "batch_size"))
+    precision, eight_bit = value(parser, "precision", "float32"), _without_eight_bit(parser)
     with torch.device("meta"):
+        network = parser.get_parsed_content("network")
+        weights = _weights([network, network.base])  # a frozen UNet is kept in 16 bit
+        parser["precision"] = "float32"  # there is no autocast on the meta device
         network, loss = (parser.get_parsed_content(key) for key in ("network", "loss"))
-    base = network.base
+        optimizer = parser.get_parsed_content("optimizer")
     network.train()
 
     def step() -> None:
@@ -113,18 +118,25 @@ def generator_training(parser: ConfigParser) -> Unit:
             lost = loss(network(*inputs), torch.zeros_like(inputs[0]))
         torch.autograd.backward(lost)
 
-    counted = count(step, [network, base])
+    counted = count(step, [network, network.base])
     trained = _trained(network)
     average = num_bytes(trained) if value(parser, "ema_decay", 0) else 0
-    optimizer = parser.get_parsed_content("optimizer")
-    unit = _unit(counted, batch, {network, base}, value(parser, "precision", "float32"))
+    states = optimizer_bytes(optimizer)
     return replace(
-        unit,
-        weight_bytes=unit.weight_bytes + average,
+        _unit(counted, batch, [], precision),
+        weight_bytes=weights + average,
         gradient_bytes=num_bytes(p.grad for p in trained),
-        optimizer_bytes=optimizer_bytes(optimizer),
+        optimizer_bytes=states // 4 if eight_bit else states,
         saved_bytes=num_bytes(trained),
     )
+
+
+def _without_eight_bit(parser: ConfigParser) -> bool:
+    """Takes AdamW for its 8-bit form, which needs CUDA; whether that was asked for."""
+    eight_bit = value(parser, "optimizer_name") == "adamw8bit"
+    if eight_bit:
+        parser["optimizer_name"] = "adamw"
+    return eight_bit
 
 
 def _unit(counted: Count, batch: int, modules: Iterable[nn.Module], precision: str) -> Unit:
