@@ -255,7 +255,8 @@ def test_every_documented_knob_exists(path):
 
 
 def test_the_makefile_sets_knobs_that_exist():
-    targets = ["setup", "demo", "test", "lint", "tiny_weights", "study", "EXPERIMENT=x.yaml"]
+    targets = ["setup", "demo", "test", "lint", "tiny_weights", "paper_small", "study"]
+    targets += ["EXPERIMENT=x.yaml", f"DATA={REPOSITORY}"]
     done = subprocess.run(
         ["make", "--dry-run", *targets], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
@@ -264,6 +265,7 @@ def test_the_makefile_sets_knobs_that_exist():
     for words in commands:
         check_flags(words, [REPOSITORY], "Makefile")
     assert "diffboost study workflow/experiments/demo.yaml" in done.stdout
+    assert "diffboost study workflow/experiments/paper_small.yaml" in done.stdout
 
 
 def test_the_workflow_sets_knobs_that_exist(tmp_path):
