@@ -54,11 +54,8 @@ def study(
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]
-    command += (
-        ["--show-failed-logs", "--nolock", "--quiet", "host", "reason"]
-        + ["--dry-run"] * dry_run
-        + shlex.split(snakemake)
-    )
+    command += ["--show-failed-logs", "--nolock", "--quiet", "host", "reason"]
+    command += ["--dry-run"] * dry_run + shlex.split(snakemake)
     command += ["--config", f"experiment={path}", f"started_in={Path.cwd()}"]
     command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
     # The stages are found by the name `python`: it must be this one, also outside an active venv.

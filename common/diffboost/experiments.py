@@ -46,19 +46,8 @@ def read_experiment(
     Source: engineering choice
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"experiment: there is no file {path.absolute()}")
     config_files = stage_configs() if config_files is None else config_files
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(written, dict):
-        raise ValueError(
-            f"{path}: an experiment file holds `key: value` lines, name and task first"
-        )
-    refuse_unknown(written, [entry.name for entry in fields(Experiment)], str(path))
-    for key in ("name", "task", "dataset_dir", "arms"):
-        if key not in written:
-            raise ValueError(f"{path}: `{key}` is missing")
-    _check_mappings(written, path)
+    written = _read_keys(path)
     sections = _with_protocol(written, protocols_dir, path)
     ablations = _take_lists(sections, config_files, path)
     for section, knobs in (written.get("ablations") or {}).items():
@@ -77,6 +66,23 @@ def task_path(experiment: Experiment, experiment_path: str | Path) -> str:
     if Path(experiment.task).suffix not in (".yaml", ".yml"):
         return experiment.task
     return str((Path(experiment_path).absolute().parent / experiment.task).resolve())
+
+
+def _read_keys(path: Path) -> dict:
+    """The keys of an experiment file, all of them known and the needed ones there."""
+    if not path.is_file():
+        raise FileNotFoundError(f"experiment: there is no file {path.absolute()}")
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(written, dict):
+        raise ValueError(
+            f"{path}: an experiment file holds `key: value` lines, name and task first"
+        )
+    refuse_unknown(written, [entry.name for entry in fields(Experiment)], str(path))
+    for key in ("name", "task", "dataset_dir", "arms"):
+        if key not in written:
+            raise ValueError(f"{path}: `{key}` is missing")
+    _check_mappings(written, path)
+    return written
 
 
 def _check_mappings(written: Mapping, path: Path) -> None:

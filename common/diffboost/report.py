@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from diffboost import exhibits, figures, pictures, results, statistics
 from diffboost.data.slices import SliceStore, read_store
@@ -68,16 +68,14 @@ def summarize(run_dir: Path, experiment: Experiment, metrics: pd.DataFrame) -> d
     empty = base[base["metric"].str.startswith("empty_")]
     counts = empty.groupby(["arm", "metric"])["value"].sum().astype(int)
     by_seed = statistics.seed_means(base, "dice")
+    primary = statistics.VERDICT_METRIC
     knobs = [knob for knob in ablated_knobs(experiment) if knob in set(metrics["knob"])]
     return {
         "name": experiment.name,
         "protocol": experiment.protocol,
         "arms": arms,
         "paired_difference_to_baseline": differences,
-        "verdicts": {
-            arm: statistics.verdict(found[statistics.VERDICT_METRIC])
-            for arm, found in differences.items()
-        },
+        "verdicts": {arm: statistics.verdict(by[primary]) for arm, by in differences.items()},
         "over_folds": statistics.over_folds(base, experiment.arms),
         "ablations": {knob: statistics.ablation_points(metrics, knob) for knob in knobs},
         "unit": "case: mean over labels, seeds and folds; sd and n are over cases",
@@ -109,11 +107,7 @@ def render(
         path.parent for path in sorted(run_dir.glob("fold*/synthetic_store/manifest.parquet"))
     ]
     has_variants = (run_dir / synthetic_dir(BASE, experiment.folds[0])).is_dir()
-    environment = Environment(
-        loader=PackageLoader("diffboost", "."), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters |= {"number": number, "signed": signed, "seconds": seconds}
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         experiment=experiment,
         experiment_text=yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False),
         summary=summary,
@@ -137,6 +131,15 @@ def render(
         costs=costs.reset_index().to_dict("records"),
         cost_chart=figures.cost_chart(costs) if len(costs) else None,
     )
+
+
+def _template() -> Template:
+    """The page's template with its filters."""
+    environment = Environment(
+        loader=PackageLoader("diffboost", "."), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"number": number, "signed": signed, "seconds": seconds}
+    return environment.get_template("report.html.j2")
 
 
 def dice_by_label(metrics: pd.DataFrame, arms: list[str]) -> dict[str, dict[str, float]]:
