@@ -89,6 +89,10 @@ class ShareOfLoss:
     def __call__(self, prediction, target: torch.Tensor) -> torch.Tensor:
         """The loss, weighted."""
         loss = self.loss(prediction, target)
+        return loss * self.share(len(target), target.device)
+
+    def share(self, num_samples: int, device: torch.device | str) -> torch.Tensor:
+        """This process's samples over the mean number of samples; all processes ask at once."""
         _, count = process_rank_and_count()
-        total = sum_over_processes(torch.tensor(float(len(target)), device=target.device))
-        return loss * (len(target) * count / total)
+        total = sum_over_processes(torch.tensor(float(num_samples), device=device))
+        return num_samples * count / total

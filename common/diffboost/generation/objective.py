@@ -8,7 +8,9 @@ from monai.transforms import RandomizableTransform
 from torch import nn
 from torch.nn.functional import l1_loss
 
+from diffboost.data.transforms import LoadSliced
 from diffboost.generation.backbones import load_config, load_part
+from diffboost.generation.networks import GrayscaleAutoencoder
 
 
 def standard_normal(random_state, shape: tuple[int, ...]) -> torch.Tensor:
@@ -17,66 +19,114 @@ def standard_normal(random_state, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 class DrawDiffusionTargetsd(RandomizableTransform):
-    """A training sample from a cached slice: copy, latent, noise, timestep, prompt or empty prompt.
+    """A training sample of a slice: copy, latent, noise, timestep, prompt or empty prompt.
+
+    A cached slice (``moments``) gives its latent. One without a cache (``image``, a path) gives the
+    image and the posterior's noise instead, for :class:`ControlPrepareBatch` to encode; all draws
+    are those of a cache without jitter, and the jitter is drawn after them.
 
     Args:
         backbone: brings the autoencoder's latent scale and the number of timesteps.
         empty_prompt: chance that the prompt is dropped, so that guidance has something to push
             away from. The released code has none (facts 4); ControlNet's paper drops half.
+        image_size: side in pixels of images that are not cached.
+        jitter: geometric jitter of images that are not cached, or None.
 
     Source: paper Eq. 11; the posterior is drawn anew in each step.
     """
 
-    def __init__(self, backbone: str, empty_prompt: float) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        empty_prompt: float,
+        image_size: int | None = None,
+        jitter: RandomizableTransform | None = None,
+    ) -> None:
         super().__init__(prob=1.0)
         if not 0 <= empty_prompt <= 1:
             raise ValueError(f"empty_prompt: {empty_prompt} is not in [0, 1]")
-        self.scaling_factor = load_config(backbone, "vae")["scaling_factor"]
+        config = load_config(backbone, "vae")
+        self.scaling_factor = config["scaling_factor"]
+        self.latent_channels = config["latent_channels"]
+        self.downsampling = 2 ** (len(config["block_out_channels"]) - 1)
         self.num_timesteps = load_config(backbone, "scheduler")["num_train_timesteps"]
         self.empty_prompt = empty_prompt
+        self.load = LoadSliced(["image", "edge"], image_size=image_size)
+        self.jitter = jitter
 
     def __call__(self, data: dict) -> dict:
-        """``latent`` and ``noise`` (C, h, w), ``timestep``, ``context``, ``edge`` (1, H, W)."""
-        copy = self.R.randint(len(data["moments"]))
-        moments = torch.from_numpy(data["moments"][copy].astype("float32"))[None]
-        posterior = DiagonalGaussianDistribution(moments)
-        shape = tuple(posterior.mean.shape[1:])
-        latent = posterior.mean[0] + posterior.std[0] * standard_normal(self.R, shape)
+        """``noise`` (C, h, w), ``timestep``, ``context``, ``edge`` (1, H, W) and ``latent``
+        (C, h, w), or ``image`` (1, H, W) and ``posterior_noise`` (C, h, w)."""
+        cached = "moments" in data
+        copy = self.R.randint(len(data["moments"]) if cached else 1)
+        item = self._cached(data, copy) if cached else self.load(data)
+        height, width = (side // self.downsampling for side in item["edge"].shape[-2:])
+        shape = (self.latent_channels, height, width)
+        posterior_noise = standard_normal(self.R, shape)
         dropped = self.R.random_sample() < self.empty_prompt
-        context = data["empty_context" if dropped else "context"]
-        return {
-            "latent": latent * self.scaling_factor,
+        drawn = {
             "noise": standard_normal(self.R, shape),
             "timestep": int(self.R.randint(self.num_timesteps)),
-            "context": torch.from_numpy(context.astype("float32")),
-            "edge": torch.from_numpy(data["edges"][copy].astype("float32") / 255),
+            "context": torch.from_numpy(
+                data["empty_context" if dropped else "context"].astype("float32")
+            ),
         }
+        if cached:
+            latent = item["posterior"].mean[0] + item["posterior"].std[0] * posterior_noise
+            return {"latent": latent * self.scaling_factor, **drawn, "edge": item["edge"]}
+        if self.jitter is not None:
+            self.jitter.set_random_state(seed=self.R.randint(2**32, dtype="uint32"))
+            item = self.jitter(item)
+        image, edge = (torch.as_tensor(item[key]) for key in ("image", "edge"))
+        return {"image": image, "posterior_noise": posterior_noise, **drawn, "edge": edge}
+
+    def _cached(self, data: dict, copy: int) -> dict:
+        """The posterior and the edge of a cached copy."""
+        moments = torch.from_numpy(data["moments"][copy].astype("float32"))[None]
+        edge = torch.from_numpy(data["edges"][copy].astype("float32") / 255)
+        return {"posterior": DiagonalGaussianDistribution(moments), "edge": edge}
 
 
 class ControlPrepareBatch(PrepareBatch):
     """Noisy latent in, the drawn noise as target; timestep, prompt and edge go to the network.
 
+    Images that were not cached are encoded here, by the frozen autoencoder in float32.
+
     Args:
-        backbone: brings the noise schedule.
+        backbone: brings the noise schedule, and the autoencoder where images come.
 
     Source: paper Eq. 3 and 11.
     """
 
     def __init__(self, backbone: str) -> None:
+        self.backbone = backbone
         self.scheduler: DDPMScheduler = load_part(backbone, "scheduler")
+        self.autoencoder: GrayscaleAutoencoder | None = None
 
     def __call__(self, batchdata, device=None, non_blocking=False, **kwargs):
         """(noisy latent, target, (), {timesteps, context, edge}) on ``device``."""
         moved = {
             key: value.to(device, non_blocking=non_blocking) for key, value in batchdata.items()
         }
-        latent, noise, timesteps = moved["latent"], moved["noise"], moved["timestep"]
+        noise, timesteps = moved["noise"], moved["timestep"]
+        latent = moved["latent"] if "latent" in moved else self._encode(moved)
         noisy = self.scheduler.add_noise(latent, noise, timesteps)
         target = noise
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(latent, noise, timesteps)
         conditions = {key: moved[key] for key in ("context", "edge")}
         return noisy, target, (), {"timesteps": timesteps, **conditions}
+
+    @torch.no_grad()
+    def _encode(self, moved: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Latents (B, C, h, w) of unit variance, drawn from the posteriors of images."""
+        if self.autoencoder is None:
+            autoencoder = GrayscaleAutoencoder(load_part(self.backbone, "vae"))
+            self.autoencoder = autoencoder.to(moved["image"].device).eval()
+        moments = self.autoencoder.encode(moved["image"].float())
+        posterior = DiagonalGaussianDistribution(moments)
+        latent = posterior.mean + posterior.std * moved["posterior_noise"]
+        return latent * self.autoencoder.autoencoder.config.scaling_factor
 
 
 class DrawPosteriorNoised(RandomizableTransform):
