@@ -281,6 +281,9 @@ def test_every_knob_of_evaluation_changes_the_metrics(evaluated):
         changed = set(other[other != plain].index.get_level_values("metric"))
         assert changed and (knob == "volumes" or changed <= metrics), knob
     with pytest.raises(RuntimeError) as error:
+        evaluated("none", volumes="foreground", min_foreground_px=9999)
+    assert "'foreground' leaves none of 2 cases to score" in innermost(error.value)
+    with pytest.raises(RuntimeError) as error:
         evaluated("wrong", volumes="full")
     assert "volumes: 'full' is unknown" in innermost(error.value)
 

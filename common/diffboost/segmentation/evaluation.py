@@ -261,6 +261,10 @@ class CaseWriter:
     def _write(self) -> None:
         """Joins the processes' rows, writes metrics.csv and logs the mean of each metric."""
         cases = dict(join_shares(self.rows))
+        if not any(cases.values()):
+            raise ValueError(
+                f"volumes: {self.volumes!r} leaves none of {len(cases)} cases to score"
+            )
         if is_main_process():
             self._write_table([row for rows in cases.values() for row in rows])
         wait_for_processes()
