@@ -75,6 +75,7 @@ def write_store(
             )
     pd.DataFrame(rows).to_parquet(store_dir / "index.parquet")
     header = {
+        "name": task["name"],
         "labels": {"0": "background", "1": "shell", "2": "core"},
         "task": task,
         "preprocessing": {"image_size": image_size},

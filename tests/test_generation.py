@@ -1,13 +1,19 @@
 """The generator: state that is trained, targets in closed form, caches, sampling."""
 
+import pickle
+
 import numpy as np
+import pandas as pd
 import pytest
 import small_backbone
+import small_store
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from diffboost.data.addresses import AddressedDataset
+from diffboost.data.slices import slice_items
+from diffboost.generation import cache
 from diffboost.generation.backbones import load_part, resolve_backbone, write_backbone
 from diffboost.generation.cache import Jitterd, build_cache
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
@@ -151,6 +157,48 @@ def test_jittered_copies_differ_and_repeat(backbone, slices, tmp_path):
     np.testing.assert_array_equal(first[2]["edges"], again[2]["edges"])
     with pytest.raises(ValueError, match="num_copies: 2"):
         build_cache(slices, backbone, str(tmp_path), image_size=32, num_copies=2)
+
+
+def test_processes_share_the_building_of_a_cache(backbone, slices, tmp_path, monkeypatch):
+    options = {"image_size": 32, "jitter": Jitterd(20, (0.75, 1.05)), "num_copies": 3}
+    options |= {"batch_size": 2}  # 9 pictures in 5 batches
+    whole = build_cache(slices, backbone, str(tmp_path / "a"), **options).folder
+    turns = [(1, 2), (0, 2)]  # this one process plays both, the second first
+    fill = cache._fill
+
+    def fill_in_turns(*arguments):
+        for turn in turns:
+            monkeypatch.setattr(cache, "process_rank_and_count", lambda turn=turn: turn)
+            fill(*arguments)
+
+    monkeypatch.setattr(cache, "_fill", fill_in_turns)
+    shared = build_cache(slices, backbone, str(tmp_path / "b"), **options).folder
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in shared.iterdir()}
+    assert set(files) == {"moments.npy", "edges.npy", "contexts.npy", "rows.npy"}
+    turns[:] = [(0, 2)]  # half of it alone is not the same
+    half = build_cache(slices, backbone, str(tmp_path / "c"), **options).folder
+    assert (half / "moments.npy").read_bytes() != files["moments.npy"]
+
+
+def test_a_cache_of_a_store_is_known_by_its_index(backbone, tmp_path):
+    store_dir = small_store.write_store(tmp_path / "store", 3)
+    items = slice_items(store_dir, 0, "training", inner_fraction=0)
+    cached = build_cache(items, backbone, str(tmp_path / "cache"), image_size=32)
+    assert len(cached) == len(items) == 10 and cached[9]["edges"].shape == (1, 1, 32, 32)
+    copy = pickle.loads(pickle.dumps(cached))
+    np.testing.assert_array_equal(copy[-1]["moments"], cached[9]["moments"])
+    with pytest.raises(IndexError):
+        cached[10]
+    (store_dir / "images").rename(store_dir / "gone")  # nothing is read again
+    again = build_cache(items, backbone, str(tmp_path / "cache"), image_size=32)
+    assert again.folder == cached.folder
+    index = pd.read_parquet(store_dir / "index.parquet")
+    index.loc[index["case"] == "case_1", "source_sha256"] = "f" * 64
+    index.to_parquet(store_dir / "index.parquet")
+    other = slice_items(store_dir, 0, "training", inner_fraction=0)
+    with pytest.raises(FileNotFoundError, match="images"):
+        build_cache(other, backbone, str(tmp_path / "cache"), image_size=32)
 
 
 def test_crop_factor_zooms_in_and_rotation_moves_both():

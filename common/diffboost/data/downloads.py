@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from monai.apps import DecathlonDataset, download_and_extract
+from monai.apps import DecathlonDataset, download_url, extractall
 
 from diffboost.knobs import nearest
 
@@ -59,13 +59,13 @@ def decathlon_folder(dataset_dir: str | Path, task: Mapping, download: bool = Fa
         raise FileNotFoundError(
             f"{looked}; set download to True, or unpack {url} (MD5 {DecathlonDataset.md5[name]})"
         )
+    archive = parent / f"{name}.tar"
     try:
-        download_and_extract(
-            url, parent / f"{name}.tar", parent, DecathlonDataset.md5[name], "md5", progress=False
-        )
+        download_url(url, archive, DecathlonDataset.md5[name], "md5", progress=False)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{looked}, and {url} could not be downloaded ({error}); get that file on a machine "
             f"with a network and lay it into {parent}"
         ) from error
+    extractall(archive, parent)
     return parent / name
