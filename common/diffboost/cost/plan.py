@@ -125,7 +125,8 @@ class StudyCost:
         channels, height, width = units.latent_shape(backbone, size)
         tokens, text_width = units.context_shape(backbone)
         disk = images * (2 * channels * height * width * 2 + size**2)  # float16 moments, 8-bit edge
-        disk += (prompts + 1) * tokens * text_width * 4 + 3 * NPY_HEADER
+        disk += (prompts + 1) * tokens * text_width * 4 + number * 4  # embeddings and whose
+        disk += 4 * NPY_HEADER
         row = _stage(stage, images, unit, fold=fold, disk_bytes=disk)
         return replace(row, flops=row.flops + (prompts + 1) * text.flops)
 

@@ -174,7 +174,7 @@ def as_json(runs: pd.DataFrame, device: Device, name: str, stated: list[str]) ->
         "device": device.name,
         "peak_flops": device.peak_flops,
         "utilization": device.utilization,
-        "stages": json.loads(runs.to_json(orient="records")),
+        "stages": runs.astype(object).where(runs.notna(), None).to_dict("records"),
         "total": totals,
         "assumptions": stated,
     }

@@ -1,0 +1,261 @@
+"""`diffboost cost` against counted runs of the bundles and known figures of Stable Diffusion."""
+
+import json
+import re
+import socket
+from dataclasses import replace
+
+import pytest
+import small_backbone
+import torch
+import yaml
+from controlnet_aux.hed import ControlNetHED_Apache2
+from monai.bundle import ConfigParser
+from small_store import write_variants
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffboost import cli
+from diffboost.conditions.edges import load_edge_detector
+from diffboost.cost import units
+from diffboost.cost.command import plan_study, show_cost
+from diffboost.cost.counting import LiveBytes
+from diffboost.cost.devices import GPUS
+from diffboost.generation.backbones import SD15
+from diffboost.prepare import prepare
+from diffboost.stages import stage_configs
+
+CONFIGS = stage_configs()
+SIZE = 32
+CHANNELS = [8, 8, 16]
+PHANTOMS = {"num_training": 4, "num_test": 2, "size_px": SIZE, "num_slices": 4}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """An experiment file with its store and synthetic store in runs/small."""
+    folder = tmp_path_factory.mktemp("cost")
+    experiment = {
+        "name": "small",
+        "task": "phantom_organ",
+        "dataset_dir": "phantoms",
+        "backbone": small_backbone.write_backbone(folder / "backbone", 0.03),
+        "image_size": SIZE,
+        "edges": "gradient",
+        "num_folds": 2,
+        "arms": ["baseline", "diffboost"],
+        "prepare": {"phantoms": PHANTOMS},
+        "finetune": {"epochs": 2, "batch_size": 4, "num_copies": 2, "min_foreground_px": 1},
+        "synthesis": {"ratio": 2, "num_inference_steps": 2, "guidance_scale": 3.0,
+                      "batch_size": 4, "min_foreground_px": 1},
+        "segmentation": {"epochs": 2, "batch_size": 4, "channels": CHANNELS},
+    }  # fmt: skip
+    (folder / "small.yaml").write_text(yaml.safe_dump(experiment))
+    store = folder / "runs/small/store"
+    prepare("phantoms", store, "phantom_organ", SIZE, "gradient", num_folds=2, phantoms=PHANTOMS)
+    write_variants(store, folder / "runs/small/fold0/synthetic")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(study):
+    """{(stage, arm): stage} of that experiment."""
+    _, stages, said = plan_study(study / "small.yaml", runs_dir=study / "runs")
+    assert said.startswith("24 slices of 6 cases, of the store")
+    return {(stage.stage, stage.what): stage for stage in stages}
+
+
+def counted(run) -> int:
+    """FLOPs of what really runs; the plain attention is the one that the counter knows on CPUs."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def bundle(section: str, study, *overlays: str, **knobs) -> ConfigParser:
+    """A bundle's config with the knobs of the experiment, ready to run on the CPU."""
+    files = [CONFIGS[section], *(CONFIGS[section].with_name(f"{name}.yaml") for name in overlays)]
+    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
+    experiment = yaml.safe_load((study / "small.yaml").read_text())
+    settings = {"store_dir": str(study / "runs/small/store"), "device": "cpu", "image_size": SIZE}
+    parser.update(settings | experiment[section] | knobs)
+    return parser
+
+
+def test_generator_costs_what_a_run_of_it_counts(study, plan):
+    backbone = str(study / "backbone")
+    generator = study / "generator"
+    parser = bundle("finetune", study, backbone=backbone, output_dir=str(generator))
+    cache = counted(lambda: parser.get_parsed_content("train::dataset"))
+    latents, finetune = plan["latents", ""], plan["finetune", ""]
+    assert latents.flops == pytest.approx(cache, rel=0.05)
+    files = [file for file in (study / "generator.cache").rglob("*.npy")]
+    assert latents.disk_bytes == pytest.approx(sum(f.stat().st_size for f in files), rel=0.001)
+    trainer = parser.get_parsed_content("train::trainer")
+    assert finetune.flops == pytest.approx(counted(trainer.run), rel=0.05)
+    assert finetune.steps == trainer.state.iteration
+    assert finetune.images == 2 * len(trainer.data_loader.dataset)
+    states = [v for state in trainer.optimizer.state.values() for v in state.values()]
+    assert finetune.unit.optimizer_bytes == sum(v.nbytes for v in states)
+    saved = torch.load(generator / "model.pt", weights_only=True)
+    assert finetune.disk_bytes == sum(tensor.nbytes for tensor in saved.values())
+
+    parser = bundle(
+        "synthesis", study, backbone=backbone, generator_dir=str(generator),
+        output_dir=str(study / "synthetic"),
+    )  # fmt: skip
+    evaluator = parser.get_parsed_content("evaluator")
+    synthesis = plan["synthesize", ""]
+    assert synthesis.flops == pytest.approx(counted(evaluator.run), rel=0.05)
+    assert synthesis.images == len(list((study / "synthetic.partial/images").iterdir()))
+
+
+@pytest.mark.parametrize("arm", ["baseline", "diffboost"])
+def test_segmenter_costs_what_a_run_of_it_counts(study, plan, arm):
+    knobs = {"arm": arm, "num_classes": 2, "output_dir": str(study / arm)}
+    if arm == "diffboost":
+        knobs["synthetic_dir"] = str(study / "runs/small/fold0/synthetic")
+    parser = bundle("segmentation", study, **knobs)
+    trainer = parser.get_parsed_content("train::trainer")
+    training, evaluation = plan["train_segmentation", arm], plan["evaluate", arm]
+    assert training.flops == pytest.approx(counted(trainer.run), rel=0.05)
+    assert (training.images, training.steps) == (2 * 3 * 4, trainer.state.iteration)
+    assert training.disk_bytes == sum(v.nbytes for v in trainer.network.state_dict().values())
+    parser = bundle("segmentation", study, "evaluate", **knobs)
+    evaluator = parser.get_parsed_content("validate::evaluator")
+    assert evaluation.flops == pytest.approx(counted(evaluator.run), rel=0.05)
+    assert evaluation.disk_bytes == 8 * SIZE**2  # a byte a pixel of two cases of four slices
+
+
+def test_edges_cost_what_a_run_of_them_counts(tmp_path, plan):
+    torch.save(ControlNetHED_Apache2().state_dict(), tmp_path / "hed.pth")
+    slices = torch.linspace(-1, 1, 24 * SIZE**2).reshape(24, 1, SIZE, SIZE)
+    hed = load_edge_detector("controlnet-hed", tmp_path / "hed.pth")
+    unit = units.edge_detection("controlnet-hed", SIZE, None)
+    assert 24 * unit.flops == pytest.approx(counted(lambda: hed(slices)), rel=0.05)
+    gradient = load_edge_detector("gradient")
+    assert plan["prepare", ""].flops == pytest.approx(counted(lambda: gradient(slices)), rel=0.05)
+    assert plan["prepare", ""].disk_bytes == 24 * 4 * SIZE**2
+
+
+def test_live_bytes_follow_what_is_freed():
+    weight = torch.zeros(4, 4, device="meta")
+    with LiveBytes([weight]) as live:
+        first = weight.new_zeros(1000)  # 4000 bytes
+        second = first + 1
+        del first
+        assert (live.bytes, live.peak) == (4000, 8000)
+        third = second.view(10, 100)  # a view takes nothing, nor does one of what was there
+        weight.t()
+        del second
+        assert (live.bytes, live.peak) == (4000, 8000)
+        del third
+        assert live.bytes == 0
+
+
+@pytest.fixture(scope="module")
+def paper_fold(tmp_path_factory):
+    """The paper's breast fold: 98 training images of 384 px, Stable Diffusion 1.5."""
+    path = tmp_path_factory.mktemp("paper") / "breast.yaml"
+    experiment = {
+        "name": "breast_without_store",
+        "task": "breast_ultrasound",
+        "dataset_dir": "nowhere",
+        "backbone": SD15,
+        "image_size": 384,
+        "arms": ["baseline", "diffboost"],
+        "finetune": {"epochs": 1600, "batch_size": 32, "train_base": False, "inner_fraction": 0.0},
+        "synthesis": {"ratio": 50, "scheduler": "ddim", "num_inference_steps": 20,
+                      "guidance_scale": 9.0, "inner_fraction": 0.0},
+        "segmentation": {"epochs": 100, "inner_fraction": 0.0, "selection": "test"},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(experiment))
+    return path
+
+
+def test_the_papers_breast_fold_costs_what_the_literature_says(paper_fold, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("cost opened a connection")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    _, stages, _ = plan_study(paper_fold, num_slices=147)
+    plan = {(stage.stage, stage.what): stage for stage in stages}
+    finetune, synthesis = plan["finetune", ""], plan["synthesize", ""]
+    # performance_facts 3.1: 1.17 TFLOP a cached training step, 24.3 a guided sample, 119 PFLOP all
+    assert finetune.unit.flops == pytest.approx(1.17e12, rel=0.01)
+    assert (finetune.images, finetune.steps) == (98 * 1600, 6400)
+    assert synthesis.unit.flops == pytest.approx(24.3e12, rel=0.01)
+    assert synthesis.flops == pytest.approx(119e15, rel=0.01)
+    branch, unet, autoencoder = 361_279_120, 859_520_964, 83_653_863
+    average = branch
+    assert finetune.unit.weight_bytes == 4 * (branch + unet + average)
+    assert finetune.unit.gradient_bytes == finetune.disk_bytes == 4 * branch
+    assert finetune.unit.optimizer_bytes == pytest.approx(8 * branch, rel=1e-5)
+    assert synthesis.unit.weight_bytes == 4 * (branch + unet + autoencoder)
+    merged, plain = (plan["train_segmentation", arm] for arm in ("diffboost", "baseline"))
+    assert merged.unit.flops == pytest.approx(2 * plain.unit.flops, rel=0.001)
+
+
+@pytest.mark.parametrize("size, encoder, sample", [(256, 136.4, 10.4), (512, 558.3, 46.0)])
+def test_stable_diffusion_counts_agree_with_the_literature(size, encoder, sample):
+    assert units.encoding(SD15, size, 1).flops == pytest.approx(2e9 * encoder, rel=0.001)
+    knobs = {"backbone": SD15, "image_size": size, "guidance_scale": 9.0, "scheduler": "ddim"}
+    parser = units.parse([CONFIGS["synthesis"]], knobs | {"num_inference_steps": 20})
+    assert units.sampling(parser).flops == pytest.approx(1e12 * sample, rel=0.01)
+    assert units.embedding(SD15).flops == pytest.approx(2e9 * 6.6, rel=0.01)
+
+
+def test_half_precision_and_checkpointing_change_what_they_should(study):
+    backbone = str(study / "backbone")
+    knobs = {"backbone": backbone, "image_size": SIZE, "batch_size": 4, "train_base": False}
+    whole = units.generator_training(units.parse([CONFIGS["finetune"]], knobs))
+    changed = knobs | {"precision": "bfloat16", "gradient_checkpointing": True}
+    half = units.generator_training(units.parse([CONFIGS["finetune"]], changed))
+    assert half.precision == "bfloat16" and whole.precision == "float32"
+    assert half.weight_bytes < whole.weight_bytes  # the frozen UNet in 16 bit
+    assert half.flops > 1.02 * whole.flops  # computed again
+    assert half.activation_bytes < whole.activation_bytes
+    changed = knobs | {"optimizer_name": "adamw8bit"}
+    eight = units.generator_training(units.parse([CONFIGS["finetune"]], changed))
+    assert eight.optimizer_bytes == whole.optimizer_bytes // 4
+
+
+def test_command_prints_a_table_and_json(study, capsys, tmp_path):
+    settings = {"device": "a6000", "runs_dir": str(study / "runs")}
+    cli.cost(str(study / "small.yaml"), json=str(tmp_path / "plan.json"), **settings)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "small on a6000"
+    stages = [line.split()[0] for line in lines[3 : lines.index("", 3)]]
+    assert stages == ["prepare", "latents", "finetune", "synthesize", "train_segmentation",
+                      "evaluate", "train_segmentation", "total"]  # fmt: skip
+    assert "baseline, diffboost" in lines[8]  # they cost the same to evaluate
+    assert any("40% of 38.7 TFLOP/s in float32" in line for line in lines)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    total = sum(stage["flops"] for stage in plan["stages"])
+    assert plan["total"]["flops"] == pytest.approx(total)
+    finetune = plan["stages"][2]
+    expected = finetune["flops"] / (38.7e12 * 0.4) / 3600
+    assert finetune["hours"] == pytest.approx(expected)
+    cli.cost(str(study / "small.yaml"), json=True, **settings)
+    assert json.loads(capsys.readouterr().out) == plan
+
+
+def test_stages_that_do_not_fit_are_named(study, monkeypatch):
+    monkeypatch.setitem(GPUS, "a100", replace(GPUS["a100"], memory_bytes=1e6))
+    text = show_cost(study / "small.yaml", "a100", runs_dir=study / "runs")
+    assert "Warning: finetune: up to" in text and "gradient_checkpointing" in text
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"device": "h10"}, "device: 'h10' is unknown; did you mean 'h100'"),
+        ({"device": "a100"}, "dataset_dir: no such folder.*--num_slices"),
+        ({"device": "a100", "num_slices": 2}, "num_slices: 2; .* from num_folds"),
+    ],
+)
+def test_bad_input_names_the_key(paper_fold, tmp_path, settings, words):
+    with pytest.raises(SystemExit) as refused:
+        cli.cost(str(paper_fold), runs_dir=str(tmp_path), **settings)
+    assert re.search(words, str(refused.value))
