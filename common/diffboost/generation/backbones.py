@@ -229,7 +229,7 @@ def backbone_sha256(backbone: str) -> str:
             digest.update(json.dumps(load_config(str(root), part), sort_keys=True).encode())
         root = root.parent / "tokenizer"
     elif not root.is_dir():
-        digest.update(str(backbone).encode())
+        digest.update(str(root).encode())
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(bytes.fromhex(_file_sha256(path, path.stat().st_mtime_ns)))
