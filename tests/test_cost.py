@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffboost import cli
 from diffboost.conditions.edges import load_edge_detector
-from diffboost.cost import units
-from diffboost.cost.command import plan_study, show_cost
+from diffboost.cost import command, units
+from diffboost.cost.command import plan_study
 from diffboost.cost.counting import LiveBytes
 from diffboost.cost.devices import GPUS
 from diffboost.generation.backbones import SD15
@@ -58,11 +58,15 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def plan(study):
+def planned(study):
+    """What `plan_study` gives for that experiment."""
+    return plan_study(study / "small.yaml", runs_dir=study / "runs")
+
+
+@pytest.fixture(scope="module")
+def plan(planned):
     """{(stage, arm): stage} of that experiment."""
-    _, stages, said = plan_study(study / "small.yaml", runs_dir=study / "runs")
-    assert said.startswith("24 slices of 6 cases, of the store")
-    return {(stage.stage, stage.what): stage for stage in stages}
+    return {(stage.stage, stage.what): stage for stage in planned[1]}
 
 
 def counted(run) -> int:
@@ -221,9 +225,10 @@ def test_half_precision_and_checkpointing_change_what_they_should(study):
     assert eight.optimizer_bytes == whole.optimizer_bytes // 4
 
 
-def test_command_prints_a_table_and_json(study, capsys, tmp_path):
-    settings = {"device": "a6000", "runs_dir": str(study / "runs")}
-    cli.cost(str(study / "small.yaml"), json=str(tmp_path / "plan.json"), **settings)
+def test_command_prints_a_table_and_json(study, planned, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(GPUS, "a6000", replace(GPUS["a6000"], memory_bytes=1e6))
+    file, settings = str(study / "small.yaml"), {"runs_dir": str(study / "runs")}
+    cli.cost(file, "a6000", json=str(tmp_path / "plan.json"), **settings)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "small on a6000"
     stages = [line.split()[0] for line in lines[3 : lines.index("", 3)]]
@@ -231,20 +236,18 @@ def test_command_prints_a_table_and_json(study, capsys, tmp_path):
                       "evaluate", "train_segmentation", "total"]  # fmt: skip
     assert "baseline, diffboost" in lines[8]  # they cost the same to evaluate
     assert any("40% of 38.7 TFLOP/s in float32" in line for line in lines)
+    assert any("24 slices of 6 cases, of the store" in line for line in lines)
+    warned = [line for line in lines if line.startswith("Warning: finetune: up to")]
+    assert len(warned) == 1 and "a6000 has 1 MB; a smaller batch_size" in warned[0]
     plan = json.loads((tmp_path / "plan.json").read_text())
-    total = sum(stage["flops"] for stage in plan["stages"])
-    assert plan["total"]["flops"] == pytest.approx(total)
+    assert plan["total"]["flops"] == pytest.approx(sum(s["flops"] for s in plan["stages"]))
     finetune = plan["stages"][2]
-    expected = finetune["flops"] / (38.7e12 * 0.4) / 3600
-    assert finetune["hours"] == pytest.approx(expected)
-    cli.cost(str(study / "small.yaml"), json=True, **settings)
+    assert finetune["hours"] == pytest.approx(finetune["flops"] / (38.7e12 * 0.4) / 3600)
+    monkeypatch.setattr(command, "plan_study", lambda *args, **sizes: planned)
+    cli.cost(file, "a6000", json=True, **settings)
     assert json.loads(capsys.readouterr().out) == plan
-
-
-def test_stages_that_do_not_fit_are_named(study, monkeypatch):
-    monkeypatch.setitem(GPUS, "a100", replace(GPUS["a100"], memory_bytes=1e6))
-    text = show_cost(study / "small.yaml", "a100", runs_dir=study / "runs")
-    assert "Warning: finetune: up to" in text and "gradient_checkpointing" in text
+    cli.cost(file, "cpu", **settings)  # this machine, measured
+    assert "measured now, convolutions on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
