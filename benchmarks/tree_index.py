@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from monai.bundle import run
 from PIL import Image
 
 from diffboost.conditions.edges import load_edge_detector
@@ -89,46 +88,54 @@ def build(scratch: Path, num_rows: int, num_workers: int) -> dict:
     return seconds
 
 
-def train(store_dir: Path, config: str, steps: int) -> dict:
-    """Opens the store and trains some steps; run in a process of its own."""
+def open_store(store_dir: Path) -> dict:
+    """Lists the training images; returns the seconds and how many there are."""
     start = time.monotonic()
     items = slice_items(store_dir, 0, "training", inner_fraction=0)
     assert Path(items[0]["image"]).is_file() and Path(items[-1]["edge"]).is_file()
-    found = {"open_seconds": time.monotonic() - start, "training_rows": len(items)}
-    del items
-    knobs = {"cache_latents": False} if config == "train" else {"backbone": "tiny"}
-    run(
-        config_file=str(PRETRAIN / "configs" / f"{config}.yaml"),
-        bundle_root=str(PRETRAIN),
-        store_dir=str(store_dir),
-        output_dir=str(store_dir.parent / "models"),
-        image_size=SIDE_PX,
-        batch_size=8,
-        epochs=1,
-        device="cpu",
-        **{"train::trainer::epoch_length": steps},
-        **knobs,
-    )
-    return found | {"training_rss_mib": highest_mib()}
+    return {"open_seconds": time.monotonic() - start, "training_rows": len(items)}
 
 
-def highest_mib() -> float:
-    """The most memory that this process has held, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+def train(store_dir: Path, steps: int) -> dict:
+    """Trains some steps without cached latents; returns the most memory that the process held."""
+    knobs = {
+        "config_file": PRETRAIN / "configs" / "train.yaml",
+        "bundle_root": PRETRAIN,
+        "store_dir": store_dir,
+        "output_dir": store_dir.parent / "models",
+        "image_size": SIDE_PX,
+        "batch_size": 8,
+        "epochs": 1,
+        "cache_latents": False,
+        "device": "cpu",
+        "train::trainer::epoch_length": steps,
+    }
+    command = [sys.executable, "-m", "monai.bundle", "run"]
+    command += [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    highest = 0.0
+    while process.poll() is None:
+        highest = max(highest, highest_mib(process.pid))
+        time.sleep(0.1)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return {"training_rss_mib": highest}
 
 
-def measure(scratch: Path, num_rows: int, num_workers: int, config: str, steps: int) -> dict:
+def highest_mib(process: int | str = "self") -> float:
+    """The most memory that a process has held so far, in MiB; 0 once it has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024 if "VmHWM:" in status else 0.0
+
+
+def measure(scratch: Path, num_rows: int, num_workers: int, steps: int) -> dict:
     """All of it; the folder is removed afterwards."""
     scratch.mkdir(parents=True)
     try:
         result = {"name": "tree_index", "rows": num_rows}
         result |= build(scratch, num_rows, num_workers)
         result["build_rss_mib"] = highest_mib()
-        command = [sys.executable, __file__, str(scratch), "--config", config]
-        command += ["--steps", str(steps), "--train"]
-        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        return result | json.loads(child.stdout.splitlines()[-1])
+        return result | open_store(scratch / "store") | train(scratch / "store", steps)
     finally:
         shutil.rmtree(scratch)
 
@@ -139,16 +146,9 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--rows", type=int, default=1_350_000)
     parser.add_argument("--num_workers", type=int, default=2)
-    parser.add_argument("--config", choices=("train", "train_autoencoder"), default="train")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     choice = parser.parse_args()
-    if choice.train:
-        result = train(choice.scratch / "store", choice.config, choice.steps)
-    else:
-        result = measure(
-            choice.scratch, choice.rows, choice.num_workers, choice.config, choice.steps
-        )
+    result = measure(choice.scratch, choice.rows, choice.num_workers, choice.steps)
     for key, value in result.items():
         result[key] = round(value, 2) if isinstance(value, float) else value
     sys.stdout.write(json.dumps(result) + "\n")

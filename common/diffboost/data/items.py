@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 ITEM_COLUMNS = ("image", "image_root", "edge", "label", "prompt", "case", "slice", "sha256")
 REPEATED = ["image_root", "label", "prompt", "section", "source_sha256"]  # few different values
-BLOCK_ROWS = 4096
+BATCH_ROWS = 1 << 16
 
 
 class SliceItems(Sequence):
@@ -33,9 +33,18 @@ class SliceItems(Sequence):
         self.store_dir = Path(store_dir)
         self.header = header
         self.rows = np.asarray(rows)
-        self._table = pq.read_table(
-            self.store_dir / "index.parquet", columns=list(ITEM_COLUMNS), read_dictionary=REPEATED
-        )
+        _give_back_memory()
+        self._table = pa.Table.from_batches(self._read(ITEM_COLUMNS))
+        _give_back_memory()
+
+    def _read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of the chosen rows, a part of the index at a time."""
+        with pq.ParquetFile(self.store_dir / "index.parquet", read_dictionary=REPEATED) as file:
+            start = 0
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+                first, last = np.searchsorted(self.rows, (start, start + len(batch)))
+                yield batch.take(pa.array(self.rows[first:last] - start))
+                start += len(batch)
 
     def __reduce__(self) -> tuple:
         """Pickles folder and rows; the columns are read again."""
@@ -46,24 +55,17 @@ class SliceItems(Sequence):
         return len(self.rows)
 
     def __getitem__(self, index: int | slice) -> "dict | SliceItems":
-        """One item, or the items of a slice of the sequence with the same columns."""
+        """One item, or the items of a slice of the sequence."""
         if isinstance(index, slice):
-            part = SliceItems.__new__(SliceItems)
-            part.__dict__ |= self.__dict__ | {"rows": self.rows[index]}
-            return part
-        row = int(self.rows[index])
-        return self._item({name: self._table[name][row].as_py() for name in ITEM_COLUMNS})
+            return SliceItems(self.store_dir, self.header, self.rows[index])
+        place = range(len(self))[index]
+        return self._item({name: self._table[name][place].as_py() for name in ITEM_COLUMNS})
 
     def __iter__(self) -> Iterator[dict]:
         """All items, some thousand at a time out of Arrow."""
-        for start in range(0, len(self.rows), BLOCK_ROWS):
-            for row in self._block(self.rows[start : start + BLOCK_ROWS]).to_pylist():
+        for batch in self._table.to_batches(max_chunksize=4096):
+            for row in batch.to_pylist():
                 yield self._item(row)
-
-    def _block(self, rows: np.ndarray) -> pa.Table:
-        """The columns of some rows near each other."""
-        first, last = int(rows.min()), int(rows.max())
-        return self._table.slice(first, last - first + 1).take(pa.array(rows - first))
 
     def _item(self, row: dict) -> dict:
         root = self.header["source_dir"] if row["image_root"] == "source" else ""
@@ -88,7 +90,7 @@ class SliceItems(Sequence):
 
         Source: engineering choice.
         """
-        column = self._table[name].take(pa.array(self.rows))
+        column = self._table[name]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         return pc.unique(column).sort().to_pylist()
@@ -104,16 +106,20 @@ class SliceItems(Sequence):
         """The hash of every case's source files.
 
         Returns:
-            Columns ``case`` and ``sha256`` (str), a row a case, sorted.
+            Columns ``case`` and ``sha256`` (str), a row a case, in the index's order, which has
+            the slices of a case one after the other.
 
         Source: engineering choice (design, "lineage").
         """
-        table = pq.read_table(
-            self.store_dir / "index.parquet", columns=["case", "source_sha256"]
-        ).take(pa.array(self.rows))
-        hashes = table.group_by("case").aggregate([("source_sha256", "min")])
-        hashes = hashes.select(["case", "source_sha256_min"]).rename_columns(["case", "sha256"])
-        return hashes.sort_by("case").combine_chunks()
+        parts, last = [], None
+        for batch in self._read(["case", "source_sha256"]):
+            cases = pa.concat_arrays([pa.array([last], pa.string()), batch["case"].cast("string")])
+            first = pc.fill_null(pc.not_equal(cases[1:], cases[:-1]), True)  # noqa: FBT003
+            hashes = batch["source_sha256"].cast("string")
+            parts.append(pa.table({"case": cases[1:], "sha256": hashes}).filter(first))
+            last = cases[-1].as_py()
+        _give_back_memory()
+        return pa.concat_tables(parts)
 
     def fingerprint(self) -> str:
         """Hash of what images and edges hold, from the index alone, as 64 hexadecimal digits.
@@ -126,12 +132,12 @@ class SliceItems(Sequence):
         described = [self.header[key] for key in ("task", "preprocessing")]
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
         columns = ["sha256", "source_sha256", "slice", "prompt"]
-        file = pq.ParquetFile(self.store_dir / "index.parquet")
-        start = 0
-        for batch in file.iter_batches(batch_size=1 << 16, columns=columns):
-            first, last = np.searchsorted(self.rows, (start, start + len(batch)))
-            chosen = batch.take(pa.array(self.rows[first:last] - start))
-            start += len(batch)
-            for row in zip(*(chosen[name].to_pylist() for name in columns), strict=True):
+        for batch in self._read(columns):
+            for row in zip(*(batch[name].to_pylist() for name in columns), strict=True):
                 digest.update("\x1f".join(map(str, row)).encode() + b"\n")
         return digest.hexdigest()
+
+
+def _give_back_memory() -> None:
+    """Returns to the system what Arrow's pool has freed and would keep for later."""
+    pa.default_memory_pool().release_unused()

@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffboost.data.items import SliceItems
-from diffboost.data.splits import select
+from diffboost.data.splits import needs_names, select
 
 STORE_VERSION = 2
 INDEX_COLUMNS = (
@@ -189,7 +189,8 @@ def slice_items(
     Source: DiffBoost Sec. 4.1 (slices with more than 20 foreground pixels; facts, item 14).
     """
     store = read_store(store_dir)
-    index = store.columns(["case", "section", "fold", "foreground_px"])
+    names = ["case"] if needs_names(part, inner_fraction, num_cases) else []
+    index = store.columns([*names, "section", "fold", "foreground_px"])
     rows = select(index, fold, part, inner_fraction, seed, num_cases)
     rows = rows[rows.foreground_px >= min_foreground_px]
     if rows.empty:
@@ -197,7 +198,9 @@ def slice_items(
             f"{store.store_dir}: no slice of part '{part}' of fold {fold} has min_foreground_px "
             f"{min_foreground_px} or more"
         )
-    return SliceItems(store.store_dir, store.header, rows.index.to_numpy())
+    rows = rows.index.to_numpy()
+    del index
+    return SliceItems(store.store_dir, store.header, rows)
 
 
 def case_items(

@@ -93,8 +93,9 @@ def select(
     test = _test_rows(index, fold)
     if part == "test":
         return index[test]
-    if not inner_fraction and num_cases is None and part != "inner_validation" and not test.all():
-        return index[~test]  # the same without listing a million names
+    if not needs_names(part, inner_fraction, num_cases):
+        _refuse_empty(fold, int((~test).sum()), 0)
+        return index[~test]
     cases = index.case[~test].unique()
     if num_cases is not None:
         if not 0 < num_cases <= len(cases):
@@ -103,11 +104,7 @@ def select(
             )
         cases = _seeded_order(cases, seed, fold, "num_cases")[:num_cases]
     num_inner = max(1, round(inner_fraction * len(cases))) if inner_fraction else 0
-    if len(cases) <= num_inner:
-        raise ValueError(
-            f"fold {fold}: the training fold is empty: {len(cases)} cases, of which {num_inner} "
-            "are for inner validation; use more cases, fewer folds or inner_fraction 0"
-        )
+    _refuse_empty(fold, len(cases), num_inner)
     inner = _seeded_order(cases, seed, fold, "inner_validation")[:num_inner]
     chosen = {
         "training": set(cases) - set(inner),
@@ -115,6 +112,28 @@ def select(
         "training_fold": set(cases),
     }[part]
     return index[index.case.isin(chosen)]
+
+
+def needs_names(part: str, inner_fraction: float, num_cases: int | None) -> bool:
+    """Whether ``select`` looks at the column ``case``, which is long in a tree of a million images.
+
+    Args:
+        part, inner_fraction, num_cases: as for ``select``.
+
+    Source: engineering choice.
+    """
+    if part in ("all", "test"):
+        return False
+    return part == "inner_validation" or inner_fraction > 0 or num_cases is not None
+
+
+def _refuse_empty(fold: int, num_cases: int, num_inner: int) -> None:
+    """Raises ValueError if no case is left to train on."""
+    if num_cases <= num_inner:
+        raise ValueError(
+            f"fold {fold}: the training fold is empty: {num_cases} cases, of which {num_inner} "
+            "are for inner validation; use more cases, fewer folds or inner_fraction 0"
+        )
 
 
 def _test_rows(index: pd.DataFrame, fold: int) -> pd.Series:
