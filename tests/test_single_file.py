@@ -1,19 +1,26 @@
 """Stable Diffusion 1.5 at reduced width, from a diffusers folder and from single files."""
 
+import json
 import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import huggingface_hub
 import original_layout
+import pandas as pd
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 from safetensors.torch import save_file
+from small_store import write_store
 
 from diffboost.generation.backbones import backbone_sha256, load_config, load_part, write_backbone
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.text import embed_prompts
+
+BUNDLES = Path(__file__).parents[1] / "bundles"
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +254,53 @@ def test_missing_parts_say_where_they_were_looked_for(tmp_path, state, monkeypat
         load_part("sd15", "unet")
     with pytest.raises(FileNotFoundError, match="no file that ends in .safetensors"):
         load_part(str(tmp_path / "none.safetensors"), "unet")
+
+
+def bundle_run(bundle: str, config: str, **knobs) -> None:
+    """`python -m monai.bundle run` with the sd15 overlay, on a CPU."""
+    files = [str(BUNDLES / bundle / "configs" / f"{name}.yaml") for name in (config, "sd15")]
+    knobs |= {"device": "cpu", "image_size": 64, "num_workers": 0}
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files)]
+    command += [word for key, value in knobs.items() for word in (f"--{key}", str(value))]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+
+
+def test_the_bundles_run_with_sd15_overlays_on_a_single_file(files, tmp_path):
+    store = write_store(tmp_path / "store", num_cases=3)
+    header = json.loads((store / "dataset.json").read_text())
+    header["preprocessing"] |= {"edges": "gradient", "hed_size_px": 64}  # for the agreement
+    (store / "dataset.json").write_text(json.dumps(header))
+    common = {"store_dir": store, "backbone": files["ldm"]}
+    short = {"epochs": 1, "batch_size": 2, "accumulation": 2}
+    pretrained, finetuned = tmp_path / "pretrained", tmp_path / "finetuned"
+    bundle_run("radimagenet_controlnet_pretrain", "train", output_dir=pretrained, **common, **short)
+    weights = {"weights": pretrained / "model.pt"}
+    bundle_run("task_finetune", "train", output_dir=finetuned, **common, **short, **weights)
+    bundle_run(
+        "diffboost_synthesis",
+        "inference",
+        output_dir=tmp_path / "synthetic",
+        generator_dir=finetuned,
+        ratio=1,
+        num_inference_steps=2,
+        **common,
+    )
+    for folder, steps in ((pretrained, 2), (finetuned, 2)):
+        log = pd.read_csv(folder / "training_log.csv")
+        assert 0.5 < log.train_loss[0] < 2
+        assert json.loads((folder / "lineage.json").read_text())["steps"] == steps
+        run = json.loads((folder / "run.json").read_text())
+        assert (run["precision"], run["schedule"], run["accumulation"]) == (
+            "bfloat16",
+            "constant",
+            2,
+        )
+        state = torch.load(folder / "model.pt", weights_only=True)
+        assert {name.split(".")[0] for name in state} == {"controlnet"}
+        assert state["controlnet.controlnet_mid_block.weight"].any()  # was a zero convolution
+        assert {value.dtype for value in state.values()} == {torch.float32}
+    manifest = pd.read_parquet(tmp_path / "synthetic" / "manifest.parquet")
+    assert len(manifest) == 5 and manifest.num_inference_steps[0] == 2
+    assert not list(tmp_path.glob("*.cache"))
