@@ -19,6 +19,7 @@ from diffboost import cli
 from diffboost.conditions.edges import load_edge_detector
 from diffboost.cost import command, units
 from diffboost.cost.command import plan_study
+from diffboost.cost.configs import parse
 from diffboost.cost.counting import LiveBytes
 from diffboost.cost.devices import GPUS
 from diffboost.generation.backbones import SD15
@@ -47,7 +48,7 @@ def study(tmp_path_factory):
         "prepare": {"phantoms": PHANTOMS},
         "finetune": {"epochs": 2, "batch_size": 4, "num_copies": 2, "min_foreground_px": 1},
         "synthesis": {"ratio": 2, "num_inference_steps": 2, "guidance_scale": 3.0,
-                      "batch_size": 4, "min_foreground_px": 1},
+                      "batch_size": 7, "min_foreground_px": 1},
         "segmentation": {"epochs": 2, "batch_size": 4, "channels": CHANNELS},
     }  # fmt: skip
     (folder / "small.yaml").write_text(yaml.safe_dump(experiment))
@@ -82,7 +83,7 @@ def bundle(section: str, study, *overlays: str, **knobs) -> ConfigParser:
     parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
     experiment = yaml.safe_load((study / "small.yaml").read_text())
     settings = {"store_dir": str(study / "runs/small/store"), "device": "cpu", "image_size": SIZE}
-    parser.update(settings | experiment[section] | knobs)
+    parser.update(settings | experiment.get(section, {}) | knobs)
     return parser
 
 
@@ -129,6 +130,20 @@ def test_segmenter_costs_what_a_run_of_it_counts(study, plan, arm):
     evaluator = parser.get_parsed_content("validate::evaluator")
     assert evaluation.flops == pytest.approx(counted(evaluator.run), rel=0.05)
     assert evaluation.disk_bytes == 8 * SIZE**2  # a byte a pixel of two cases of four slices
+
+
+def test_pix2pix_costs_what_a_run_of_it_counts(study):
+    knobs = {"epochs": 1, "batch_size": 4, "channels": [8, 16], "discriminator_channels": 8}
+    parser = bundle("pretrain.pix2pix", study, **knobs, output_dir=str(study / "pix2pix"))
+    trainer = parser.get_parsed_content("train::trainer")
+    run = counted(trainer.run)
+    unit = units.translator_training(
+        parse([CONFIGS["pretrain.pix2pix"]], knobs | {"image_size": SIZE})
+    )
+    assert 4 * trainer.state.iteration * unit.flops == pytest.approx(run, rel=0.05)
+    networks = (trainer.state.g_network, trainer.state.d_network)
+    weights = sum(weight.nbytes for network in networks for weight in network.parameters())
+    assert unit.gradient_bytes == weights
 
 
 def test_edges_cost_what_a_run_of_them_counts(tmp_path, plan):
@@ -205,7 +220,7 @@ def test_the_papers_breast_fold_costs_what_the_literature_says(paper_fold, monke
 def test_stable_diffusion_counts_agree_with_the_literature(size, encoder, sample):
     assert units.encoding(SD15, size, 1).flops == pytest.approx(2e9 * encoder, rel=0.001)
     knobs = {"backbone": SD15, "image_size": size, "guidance_scale": 9.0, "scheduler": "ddim"}
-    parser = units.parse([CONFIGS["synthesis"]], knobs | {"num_inference_steps": 20})
+    parser = parse([CONFIGS["synthesis"]], knobs | {"num_inference_steps": 20})
     assert units.sampling(parser).flops == pytest.approx(1e12 * sample, rel=0.01)
     assert units.embedding(SD15).flops == pytest.approx(2e9 * 6.6, rel=0.01)
 
@@ -213,15 +228,15 @@ def test_stable_diffusion_counts_agree_with_the_literature(size, encoder, sample
 def test_half_precision_and_checkpointing_change_what_they_should(study):
     backbone = str(study / "backbone")
     knobs = {"backbone": backbone, "image_size": SIZE, "batch_size": 4, "train_base": False}
-    whole = units.generator_training(units.parse([CONFIGS["finetune"]], knobs))
+    whole = units.generator_training(parse([CONFIGS["finetune"]], knobs))
     changed = knobs | {"precision": "bfloat16", "gradient_checkpointing": True}
-    half = units.generator_training(units.parse([CONFIGS["finetune"]], changed))
+    half = units.generator_training(parse([CONFIGS["finetune"]], changed))
     assert half.precision == "bfloat16" and whole.precision == "float32"
     assert half.weight_bytes < whole.weight_bytes  # the frozen UNet in 16 bit
     assert half.flops > 1.02 * whole.flops  # computed again
     assert half.activation_bytes < whole.activation_bytes
     changed = knobs | {"optimizer_name": "adamw8bit"}
-    eight = units.generator_training(units.parse([CONFIGS["finetune"]], changed))
+    eight = units.generator_training(parse([CONFIGS["finetune"]], changed))
     assert eight.optimizer_bytes == whole.optimizer_bytes // 4
 
 

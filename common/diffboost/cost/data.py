@@ -57,18 +57,22 @@ def study_slices(
         index = read_store(store_dir).index.assign(pixels=experiment.image_size**2)
         return index, f"{_numbers(index)}, of the store {store_dir}"
     elif dataset_dir == PHANTOMS:
-        index, said = _phantoms(experiment.prepare.get("phantoms") or {}), ""
+        index = _phantoms(experiment.prepare.get("phantoms") or {})
         said = f"{_numbers(index)}, phantoms"
     else:
         index = _source(dataset_dir, task, experiment.prepare.get("num_cases"))
         said = f"{_numbers(index)}, by the headers of the files in {dataset_dir}"
     index["pixels"] = index.pixels.fillna(experiment.image_size**2)
+    return _with_folds(index, experiment), said
+
+
+def _with_folds(index: pd.DataFrame, experiment: Experiment) -> pd.DataFrame:
+    """The index with the folds that prepare would deal."""
     training = index.case[index.section == "training"].unique()
     num_folds = min(experiment.num_folds, len(training))
     seed, order = (experiment.prepare.get(k, v) for k, v in (("seed", 0), ("fold_order", "drawn")))
     folds = assign_folds(training, num_folds, seed, order)
-    index["fold"] = index.case.map(folds).fillna(-1).astype(int)
-    return index, said
+    return index.assign(fold=index.case.map(folds).fillna(-1).astype(int))
 
 
 def _numbers(index: pd.DataFrame) -> str:

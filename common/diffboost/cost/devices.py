@@ -9,9 +9,10 @@ from torch.nn.functional import conv2d
 from diffboost.knobs import nearest
 
 PROBE_SECONDS = 2.0
-GPU_UTILIZATION = {"float32": 0.4, "bfloat16": 0.4, "float16": 0.4}
+PRECISIONS = ("float32", "tfloat32", "bfloat16", "float16")
+GPU_UTILIZATION = dict.fromkeys(PRECISIONS, 0.4)
 # Of steps of tiny generators and segmenters, one thread; 16 bit mostly waits for norms and copies.
-CPU_UTILIZATION = {"float32": 0.5, "bfloat16": 0.12, "float16": 0.12}
+CPU_UTILIZATION = {"float32": 0.5, "tfloat32": 0.5, "bfloat16": 0.12, "float16": 0.12}
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,16 @@ class Device:
         return flops / (self.peak_flops[precision] * self.utilization[precision]) / 3600
 
 
-def _gpu(name: str, float32: float, half: float, memory_gb: int) -> Device:
-    peak = {"float32": float32 * 1e12, "bfloat16": half * 1e12, "float16": half * 1e12}
-    origin = "NVIDIA's data sheet: float32 without TF32, 16 bit on dense tensor cores"
+def _gpu(name: str, memory_gb: int, *peak_tflops: float) -> Device:
+    peak = {key: 1e12 * peak for key, peak in zip(PRECISIONS, peak_tflops, strict=True)}
+    origin = "NVIDIA's data sheet, dense; tfloat32 where a config allows it"
     return Device(name, peak, GPU_UTILIZATION, memory_gb * 1e9, origin)
 
 
 GPUS = {
-    "a6000": _gpu("a6000", 38.7, 154.8, 48),
-    "a100": _gpu("a100", 19.5, 312.0, 80),
-    "h100": _gpu("h100", 66.9, 989.4, 80),
+    "a6000": _gpu("a6000", 48, 38.7, 77.4, 154.8, 154.8),
+    "a100": _gpu("a100", 80, 19.5, 156.0, 312.0, 312.0),
+    "h100": _gpu("h100", 80, 66.9, 494.7, 989.4, 989.4),
 }
 DEVICE_NAMES = ("cpu", *GPUS)
 
@@ -62,7 +63,8 @@ def find_device(name: str) -> Device:
     if name != "cpu":
         return GPUS[name]
     peak = {
-        "float32": _measured(torch.float32),
+        "float32": (float32 := _measured(torch.float32)),
+        "tfloat32": float32,
         "bfloat16": _measured(torch.bfloat16),
         "float16": _measured(torch.float16),
     }

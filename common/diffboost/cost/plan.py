@@ -6,9 +6,11 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+from monai.bundle import ConfigParser
 
 from diffboost import plans
 from diffboost.cost import units
+from diffboost.cost.configs import parse, value
 from diffboost.cost.units import Unit
 from diffboost.data.splits import select
 from diffboost.plans import Experiment
@@ -95,20 +97,20 @@ class StudyCost:
                 found += self._segmentation(segmenter)
         return found
 
-    def _parse(self, section: str, knobs: Mapping, **settings) -> units.ConfigParser:
+    def _parse(self, section: str, knobs: Mapping, **settings) -> ConfigParser:
         """The config of a diffusion stage with the overlay of the study's scale."""
         files = [self.configs[section]]
         if self.experiment.scale != "tiny":
             files.append(files[0].with_name(f"{self.experiment.scale}.yaml"))
         study = {"backbone": self.experiment.backbone, "image_size": self.experiment.image_size}
-        return units.parse(files, study | settings | dict(knobs))
+        return parse(files, study | settings | dict(knobs))
 
     def _slices(self, fold: int, part: str, knobs, min_foreground_px: bool = True) -> pd.DataFrame:
         """The slices of one part of a fold; those with foreground only if the index knows it."""
-        fraction = units.value(knobs, "inner_fraction", 0.2)
+        fraction = value(knobs, "inner_fraction", 0.2)
         rows = select(self.index, fold, part, fraction, num_cases=self.experiment.num_cases)
         if min_foreground_px and "foreground_px" in rows:
-            rows = rows[rows.foreground_px >= units.value(knobs, "min_foreground_px", 0)]
+            rows = rows[rows.foreground_px >= value(knobs, "min_foreground_px", 0)]
         return rows
 
     def _prepare(self) -> Stage:
@@ -119,8 +121,8 @@ class StudyCost:
 
     def _latents(self, stage: str, parser, number: int, prompts: int, fold=None) -> Stage:
         """The cache of latents: every copy encoded, every prompt embedded, once."""
-        backbone, size = (units.value(parser, key) for key in ("backbone", "image_size"))
-        images = number * units.value(parser, "num_copies", 1)
+        backbone, size = (value(parser, key) for key in ("backbone", "image_size"))
+        images = number * value(parser, "num_copies", 1)
         unit, text = self._encoding(backbone, size), units.embedding(backbone)
         channels, height, width = units.latent_shape(backbone, size)
         tokens, text_width = units.context_shape(backbone)
@@ -133,17 +135,18 @@ class StudyCost:
     def _training(self, stage: str, parser, number: int, drop_last: bool, fold=None) -> Stage:
         """A training of the generator on so many slices."""
         unit = self._once((stage,), lambda: units.generator_training(parser))
-        epochs, batch = (units.value(parser, key) for key in ("epochs", "batch_size"))
-        together = batch * units.value(parser, "accumulation", 1)  # slices of an update
+        epochs, batch = (value(parser, key) for key in ("epochs", "batch_size"))
+        together = batch * self.experiment.processes  # slices of an update
+        together *= value(parser, "accumulation", 1)
         if drop_last:
             number -= number % together
         steps = epochs * -(-number // together)
         row = _stage(stage, epochs * number, unit, fold=fold, steps=steps)
         row = replace(row, disk_bytes=unit.saved_bytes)
-        if units.value(parser, "cache_latents", True):
+        if value(parser, "cache_latents", True):
             return row
         encoding = self._encoding(
-            *(units.value(parser, key) for key in ("backbone", "image_size")), batch
+            *(value(parser, key) for key in ("backbone", "image_size")), batch
         )
         unit = replace(unit, weight_bytes=unit.weight_bytes + encoding.weight_bytes)
         return replace(row, unit=unit, flops=row.flops + row.images * encoding.flops)
@@ -152,7 +155,7 @@ class StudyCost:
         parser = self._parse("finetune", self.experiment.finetune)
         rows = self._slices(fold, "training", parser)
         prompts = rows.prompt.nunique() if "prompt" in rows else 1
-        if units.value(parser, "cache_latents", True):
+        if value(parser, "cache_latents", True):
             yield self._latents("latents", parser, len(rows), prompts, fold)
         yield self._training("finetune", parser, len(rows), False, fold)
 
@@ -172,17 +175,16 @@ class StudyCost:
         study = self.experiment
         parser = self._parse("synthesis", plans.synthesis_knobs(study, setting))
         finetuned = self._parse("finetune", study.finetune)
-        knobs = {key: units.value(parser, key) for key in SAMPLING_KNOBS if key in parser}
-        train_base = units.value(finetuned, "train_base")
+        knobs = {key: value(parser, key) for key in SAMPLING_KNOBS if key in parser}
+        train_base = value(finetuned, "train_base")
         unit = self._once(("sampling", repr(knobs)), lambda: units.sampling(parser, train_base))
-        number = len(self._slices(fold, "training", parser)) * units.value(parser, "ratio")
-        what = _label(setting)
-        row = _stage(
-            "synthesize", number, unit, what, fold, disk_bytes=number * 2 * study.image_size**2
-        )
-        measured = min(number, units.value(parser, "num_measured", 0))
+        number = len(self._slices(fold, "training", parser)) * value(parser, "ratio")
+        disk = number * 2 * study.image_size**2
+        row = _stage("synthesize", number, unit, _label(setting), fold, disk_bytes=disk)
+        passed = -(-number // unit.batch_size) * unit.batch_size  # the last batch is filled up
+        measured = min(number, value(parser, "num_measured", 0))
         edges = self._edges(study.edges, study.image_size, study.hed_size_px)
-        return replace(row, flops=row.flops + measured * edges.flops)
+        return replace(row, flops=passed * unit.flops + measured * edges.flops)
 
     def _segmentation(self, segmenter: plans.Segmenter) -> Iterator[Stage]:
         """Training and evaluation of one segmenter."""
@@ -190,22 +192,23 @@ class StudyCost:
         knobs = plans.segmentation_knobs(study, segmenter.setting, arm)
         network = plans.segmentation_network(study, segmenter.setting)
         parser = self._segmentation_parser(network, knobs)
-        joined = arm.startswith("diffboost") and units.value(parser, "merge") == "logits"
+        joined = arm.startswith("diffboost") and value(parser, "merge") == "logits"
         passes = 2 if joined else 1
         key = (network, passes, repr({k: v for k, v in knobs.items() if k not in FREE_KNOBS}))
         training = self._once(("train", *key), lambda: units.segmenter_training(parser, passes))
         forward = self._once(("test", *key), lambda: units.segmenter_inference(parser))
         number = len(self._slices(fold, "training", parser))
-        epochs, batch = (units.value(parser, key) for key in ("epochs", "batch_size"))
+        epochs, batch = (value(parser, key) for key in ("epochs", "batch_size"))
+        batch *= study.processes
         what = " ".join(filter(None, (arm, _label(segmenter.setting))))
         two = arm == plans.SYNTHETIC_THEN_REAL
         row = _stage(
             "train_segmentation", epochs * number, training, what, fold, segmenter.seed,
             epochs * -(-number // batch), training.saved_bytes * (2 if two else 1),
         )  # fmt: skip
-        selection = units.value(parser, "selection", "inner_validation")
+        selection = value(parser, "selection", "inner_validation")
         checked = len(self._slices(fold, selection, parser, selection == "test"))
-        validations = epochs // min(units.value(parser, "val_interval"), epochs)
+        validations = epochs // min(value(parser, "val_interval"), epochs)
         yield replace(row, flops=row.flops + validations * checked * forward.flops)
         tested = self._slices(fold, "test", parser, min_foreground_px=False)
         disk = int(tested.pixels.sum())  # a byte a voxel
@@ -215,7 +218,7 @@ class StudyCost:
         files = [self.configs["segmentation"]]
         files += plans.network_overlay(files[0], network)
         study = {"image_size": self.experiment.image_size, "num_classes": self.num_classes}
-        return units.parse(files, study | dict(knobs))
+        return parse(files, study | dict(knobs))
 
     def _pretraining(self) -> Iterator[Stage]:
         """Table 1: the tree's edges, latents, generator, Pix2Pix, and their comparison."""
@@ -227,12 +230,8 @@ class StudyCost:
         knobs = {name: study.pretrain.get(name) or {} for name in ("prepare", "train", "pix2pix")}
         if self.num_pretraining is not None:
             unit = self._edges(study.edges, size, study.hed_size_px)
-            yield _stage(
-                "prepare_tree",
-                self.num_pretraining,
-                unit,
-                disk_bytes=self.num_pretraining * size**2,
-            )
+            row = _stage("prepare_tree", self.num_pretraining, unit)
+            yield replace(row, disk_bytes=row.images * size**2)
             fraction = knobs["prepare"].get("validation_fraction", 0.01)
             training = round(self.num_pretraining * (1 - fraction))
             held_out = self.num_pretraining - training
@@ -240,24 +239,29 @@ class StudyCost:
             training = len(select(self.index, 0, "training_fold"))
             held_out = len(select(self.index, 0, "test"))
         parser = self._parse("pretrain.train", knobs["train"], **settings)
-        if units.value(parser, "cache_latents", True):
+        if value(parser, "cache_latents", True):
             yield self._latents("pretrain_latents", parser, training, 1)
         yield self._training("pretrain", parser, training, True)
-        parser = units.parse([self.configs["pretrain.pix2pix"]], settings | knobs["pix2pix"])
-        unit = units.translator_training(parser)
-        epochs, batch = (units.value(parser, key) for key in ("epochs", "batch_size"))
-        kept = training - training % batch
-        yield _stage(
-            "train_pix2pix", epochs * kept, unit, steps=epochs * (kept // batch),
-            disk_bytes=unit.saved_bytes,
-        )  # fmt: skip
+        yield self._pix2pix(settings | knobs["pix2pix"], training)
         knobs = {"batch_size": 32} | (study.pretrain.get("evaluate") or {})
-        parser = units.parse(
+        parser = parse(
             [self.configs["pretrain.evaluate"]], {"backbone": study.backbone} | settings | knobs
         )
-        number = min(held_out, units.value(parser, "num_images"))
+        number = min(held_out, value(parser, "num_images"))
         unit = units.sampling(parser)
         yield _stage("evaluate_images", number, unit, disk_bytes=2 * number * 2 * size**2)
+
+    def _pix2pix(self, knobs: Mapping, number: int) -> Stage:
+        """The training of Table 1's baseline on so many slices."""
+        parser = parse([self.configs["pretrain.pix2pix"]], knobs)
+        unit = units.translator_training(parser)
+        epochs, batch = (value(parser, key) for key in ("epochs", "batch_size"))
+        updates = number // (
+            batch * self.experiment.processes
+        )  # an incomplete last one is left out
+        images = epochs * updates * batch * self.experiment.processes
+        row = _stage("train_pix2pix", images, unit, steps=epochs * updates)
+        return replace(row, disk_bytes=unit.saved_bytes)
 
 
 def _label(setting: plans.Setting) -> str:

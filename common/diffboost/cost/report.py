@@ -17,7 +17,8 @@ ASSUMPTIONS = (
     "fused attention, an upper bound where a stage runs in 16 bit; what allocator and kernels take "
     "comes on top.",
     "Disk: latents and model.pt are exact; PNG are taken at their raw size, an upper bound.",
-    "Hours: one device, one process, without starting up, reading files, augmentation and metrics.",
+    "Hours: of one device, without starting up, reading files, augmentation and metrics; several "
+    "devices share them.",
 )
 
 

@@ -1,14 +1,14 @@
 """One image's way through each network of a study, counted with the bundles' own modules."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
 from diffboost.conditions.edges import ControlNetHED_Apache2, detection_size, load_edge_detector
+from diffboost.cost.configs import amp_precision, float32_kind, value, without_eight_bit
 from diffboost.cost.counting import Count, count, inference, num_bytes, optimizer_bytes
 from diffboost.generation.backbones import load_config, load_part
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
@@ -40,29 +40,6 @@ class Unit:
     saved_bytes: int = 0
     batch_size: int = 1
     precision: str = "float32"
-
-
-def parse(files: Sequence[str | Path], knobs: Mapping) -> ConfigParser:
-    """A stage's config with its overlays and knobs, on the meta device and without weights.
-
-    Args:
-        files: the config file, then its overlays.
-        knobs: replace what the files say.
-
-    Source: engineering choice
-    """
-    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
-    parser.update(dict(knobs))
-    parser["device"] = "$torch.device('meta')"
-    for key, neutral in (("weights", None), ("compile", False)):
-        if key in parser:
-            parser[key] = neutral
-    return parser
-
-
-def value(parser: ConfigParser, key: str, default=None):
-    """What a knob is after all overlays; ``default`` where the config has no such key."""
-    return parser.get_parsed_content(key) if key in parser else default
 
 
 def _weights(modules: Iterable[nn.Module]) -> int:
@@ -103,7 +80,7 @@ def generator_training(parser: ConfigParser) -> Unit:
     Source: engineering choice (paper Eq. 11 is what the step computes)
     """
     backbone, size, batch = (value(parser, k) for k in ("backbone", "image_size", "batch_size"))
-    precision, eight_bit = value(parser, "precision", "float32"), _without_eight_bit(parser)
+    precision, eight_bit = value(parser, "precision", "float32"), without_eight_bit(parser)
     with torch.device("meta"):
         network = parser.get_parsed_content("network")
         weights = _weights([network, network.base])  # a frozen UNet is kept in 16 bit
@@ -129,14 +106,6 @@ def generator_training(parser: ConfigParser) -> Unit:
         optimizer_bytes=states // 4 if eight_bit else states,
         saved_bytes=num_bytes(trained),
     )
-
-
-def _without_eight_bit(parser: ConfigParser) -> bool:
-    """Takes AdamW for its 8-bit form, which needs CUDA; whether that was asked for."""
-    eight_bit = value(parser, "optimizer_name") == "adamw8bit"
-    if eight_bit:
-        parser["optimizer_name"] = "adamw"
-    return eight_bit
 
 
 def _unit(counted: Count, batch: int, modules: Iterable[nn.Module], precision: str) -> Unit:
@@ -199,7 +168,7 @@ def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
         step,
         flops=step.flops * len(scheduler.timesteps) + decoding.flops,
         activation_bytes=max(step.activation_bytes, decoding.activation_bytes),
-        precision=value(parser, "precision", "float32"),
+        precision=float32_kind(parser),
     )
 
 
@@ -246,7 +215,7 @@ def segmenter_training(parser: ConfigParser, passes: int = 1) -> Unit:
 
     counted = count(step, [network])
     optimizer = parser.get_parsed_content("optimizer")
-    unit = _unit(counted, batch, {network}, _amp(parser))
+    unit = _unit(counted, batch, {network}, amp_precision(parser))
     return replace(
         unit,
         gradient_bytes=num_bytes(p.grad for p in _trained(network)),
@@ -261,10 +230,6 @@ def segmenter_inference(parser: ConfigParser, batch_size: int = 16) -> Unit:
     size, channels = (value(parser, key) for key in ("image_size", "in_channels"))
     shape = (batch_size, channels or 1, size, size)
     return _forward(lambda: network(torch.zeros(shape)), [network], batch_size)
-
-
-def _amp(parser: ConfigParser) -> str:
-    return "bfloat16" if value(parser, "amp", False) else "float32"
 
 
 def translator_training(parser: ConfigParser) -> Unit:
