@@ -6,7 +6,16 @@ import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandGaussianNoised, RandScaleIntensityd
 
-from diffboost.data.addresses import AddressedDataset, AddressedSampler, address_seed
+from diffboost import processes
+from diffboost.data import addresses
+from diffboost.data.addresses import (
+    AddressedDataset,
+    AddressedSampler,
+    ProcessBatches,
+    ProcessShare,
+    address_seed,
+)
+from diffboost.processes import join_shares
 
 
 def noisy_dataset(seed: int = 0) -> AddressedDataset:
@@ -60,6 +69,48 @@ def test_two_processes_share_an_epoch():
     assert [len(part) for part in parts] == [5, 5]
     whole = [i for _, i in AddressedSampler(range(9), seed=0)]
     assert [i for pair in zip(*parts, strict=True) for i in pair][:9] == whole
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("num_samples", range(8, 17))
+def test_processes_share_each_step_of_one(num_samples, drop_last):
+    def steps(num_processes: int, rank: int) -> list[list[int]]:
+        options = {"batch_size": 8 // num_processes, "drop_last": drop_last}
+        sampler = AddressedSampler(range(num_samples), **options)
+        sampler.rank, sampler.num_processes = rank, num_processes
+        loader = DataLoader(range(num_samples), sampler=sampler, batch_size=1)
+        assert len(loader) == len(order := [index for _, index in sampler])
+        return [order[i : i + sampler.batch_size] for i in range(0, len(order), sampler.batch_size)]
+
+    whole = steps(1, 0)
+    for num_processes in (2, 4):
+        shares = [steps(num_processes, rank) for rank in range(num_processes)]
+        assert {len(share) for share in shares} == {len(whole)}
+        for number, batch in enumerate(whole):
+            joined = [index for share in shares for index in share[number]]
+            assert set(joined) == set(batch)
+            # a copy only where fewer samples are left than processes
+            assert len(joined) == max(len(batch), num_processes)
+
+
+def test_samples_too_few_for_a_step_are_refused():
+    with pytest.raises(ValueError, match="batch_size: 8 in 1 processes is more than the 7 samples"):
+        AddressedSampler(range(7), batch_size=8, drop_last=True)
+
+
+@pytest.mark.parametrize(("num_items", "shares"), [(5, [[0, 2, 4], [1, 3]]), (1, [[0], [0]])])
+def test_items_needed_once_are_shared_and_joined(monkeypatch, num_items, shares):
+    for rank in range(2):
+        monkeypatch.setattr(addresses, "process_rank_and_count", lambda rank=rank: (rank, 2))
+        assert list(ProcessShare(range(num_items))) == shares[rank]
+    monkeypatch.setattr(processes, "gather_objects", lambda share: shares)
+    assert list(dict.fromkeys(join_shares([]))) == list(range(num_items))
+
+
+def test_fixed_batches_are_dealt_whole_and_filled_up(monkeypatch):
+    assert list(ProcessBatches(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+    monkeypatch.setattr(addresses, "process_rank_and_count", lambda: (1, 2))
+    assert list(ProcessBatches(range(7), 3)) == [[3, 4, 5]]
 
 
 def test_address_seed_is_stable_and_separates_parts():

@@ -286,6 +286,13 @@ def test_noise_has_an_address_of_its_own():
         assert not torch.equal(first, variant_noise(*other, (4, 8, 8)))
 
 
+def test_noise_by_variant_is_the_same_for_every_slice():
+    first = variant_noise(0, "a", 1, 2, (4, 8, 8), "variant")
+    assert torch.equal(first, variant_noise(0, "b", 5, 2, (4, 8, 8), "variant"))
+    for other in [(1, "a", 1, 2), (0, "a", 1, 3)]:
+        assert not torch.equal(first, variant_noise(*other, (4, 8, 8), "variant"))
+
+
 def test_autocast_runs_in_bfloat16_and_gives_float32():
     network, image = torch.nn.Linear(64, 64), torch.randn(4, 64)
     plain = AutocastInferer(amp=False)(image, network)

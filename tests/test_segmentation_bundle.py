@@ -1,8 +1,6 @@
-"""The segmentation bundle's configs run: training, evaluation, inference, two processes."""
+"""The segmentation bundle's configs run: training, evaluation, inference."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import monai
@@ -20,9 +18,8 @@ from diffboost.data.tasks import read_task
 from diffboost.data.transforms import case_preprocessing
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "diffboost_segmentation"
-TRAIN, EVALUATE, INFERENCE, MULTI_GPU = (
-    str(BUNDLE / "configs" / f"{name}.yaml")
-    for name in ("train", "evaluate", "inference", "multi_gpu_train")
+TRAIN, EVALUATE, INFERENCE = (
+    str(BUNDLE / "configs" / f"{name}.yaml") for name in ("train", "evaluate", "inference")
 )
 SMALL = {"image_size": 32, "num_classes": 3, "channels": [4, 8, 8], "epochs": 2, "batch_size": 4}
 METRICS = ["dice", "precision", "recall", "hd95_mm", "assd_mm", "empty_prediction", "empty_truth"]
@@ -276,23 +273,6 @@ def test_images_keep_their_rows_and_columns(tmp_path):
     ]
     assert dice == pytest.approx(by_hand, abs=1e-6)
     assert max(dice) > 0.5  # it learned, so rows and columns are not swapped anywhere
-
-
-def test_two_processes(folder):
-    settings = SMALL | {
-        "store_dir": folder / "store",
-        "synthetic_dir": folder / "synthetic",
-        "output_dir": folder / "two",
-        "arm": "diffboost",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["-m", "monai.bundle", "run", "--config_file", repr([TRAIN, MULTI_GPU])]
-    command += ["--bundle_root", str(BUNDLE)]
-    command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    done = subprocess.run(command, timeout=240, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert not any(name.startswith("module.") for name in weights(folder / "two"))
-    assert len(pd.read_csv(folder / "two" / "training_log.csv")) == 2
 
 
 def test_epochs_without_validation_have_no_dice(folder):

@@ -39,7 +39,7 @@ class ProcessBatchNorm(_BatchNorm):
             return super().forward(input)
         shape = (1, -1, *[1] * (input.ndim - 2))
         axes = [axis for axis in range(input.ndim) if axis != 1]
-        values = input.float()
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
         count = values.new_tensor([values.numel() / values.shape[1]])
         total = SumOverProcesses.apply(torch.cat([values.sum(axes), count]))
         mean, count = total[:-1] / total[-1], total[-1].detach()  # at least 2, one a process
