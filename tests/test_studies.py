@@ -104,6 +104,17 @@ def test_a_network_is_an_overlay_beside_the_config():
     assert overlays == [Path("configs/network_unet.yaml")]
 
 
+def test_a_target_that_the_experiment_lacks_is_refused():
+    assert plans.ordered_targets(STUDY) == ["table2", "figure4", "figure6", "figure7"]
+    plans.check_target(STUDY, "report")
+    with pytest.raises(ValueError, match="target: table1 needs a section pretrain in the exp"):
+        plans.check_target(STUDY, "table1")
+    with pytest.raises(ValueError, match="target: 'figur6' is unknown; did you mean 'figure6'"):
+        plans.check_target(STUDY, "figur6")
+    plain = replace(STUDY, arms=["baseline"], network="unet", ablations={}, pretrain={})
+    assert plans.ordered_targets(plain) == ["table1", "table2"]
+
+
 def dry_run(experiment: Path, folder: Path, target: str = "report") -> tuple[Counter, str]:
     """Plans an experiment with Snakemake: how many jobs each rule has, and what it printed."""
     words = [sys.executable, "-m", "snakemake", target, "--dry-run", "--printshellcmds"]

@@ -15,6 +15,7 @@ import fire
 from diffboost.exhibits import EXHIBITS
 from diffboost.experiments import read_experiment
 from diffboost.knobs import read_flags, refuse_unknown
+from diffboost.plans import check_target
 from diffboost.report import write_report
 from diffboost.stages import WORKFLOW
 
@@ -46,11 +47,11 @@ def study(
     """
     path = Path(experiment).absolute()
     try:
-        refuse_unknown({target: "target"}, ["report", "table1", *EXHIBITS], "study")
-        name = read_experiment(path).name
+        ordered = read_experiment(path)
+        check_target(ordered, target)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / name
+    run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / ordered.name
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]

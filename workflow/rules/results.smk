@@ -1,11 +1,7 @@
 """Tables, figures and the report: `diffboost report` on what the stages left in the study's folder."""
 
 KNOBS = [knob for knob in plans.ablated_knobs(STUDY) if knob != "network"]
-TARGETS = ["tables/table2.csv"]
-TARGETS += ["tables/table1.csv"] * (STUDY.pretrain is not None)
-TARGETS += ["figures/figure4.png"] * any(plans.uses_variants(arm) for arm in STUDY.arms)
-TARGETS += ["figures/figure6.svg"] * bool(KNOBS)
-TARGETS += ["figures/figure7.svg"] * (len(STUDY.networks) > 1)
+TARGETS = [plans.TARGETS[target][0] for target in plans.ordered_targets(STUDY)]
 
 
 localrules:
@@ -19,17 +15,10 @@ localrules:
 
 
 def ordered(target, inputs):
-    """Input function that says so where the experiment orders nothing for a target."""
+    """Input function that says so where the experiment does not order a target."""
 
     def inputs_or_error(wildcards):
-        if target not in TARGETS:
-            needs = {
-                "tables/table1.csv": "a section pretrain",
-                "figures/figure4.png": "an arm with variants",
-                "figures/figure6.svg": "a list in synthesis or segmentation",
-                "figures/figure7.svg": "a list of networks",
-            }
-            raise ValueError(f"{STUDY.name}: {target} needs {needs[target]} in the experiment file")
+        plans.check_target(STUDY, target)
         return inputs
 
     return inputs_or_error
@@ -67,7 +56,7 @@ rule record:
 
 rule table1:
     input:
-        found=ordered("tables/table1.csv", "pretrain/evaluation"),
+        found=ordered("table1", "pretrain/evaluation"),
     output:
         "tables/table1.csv",
         "tables/table1.md",
@@ -97,7 +86,7 @@ rule figure4:
         "experiment.yaml",
         "store",
         found=ordered(
-            "figures/figure4.png", plans.synthetic_dir(plans.BASE, STUDY.folds[0])
+            "figure4", plans.synthetic_dir(plans.BASE, STUDY.folds[0])
         ),
     output:
         "figures/figure4.png",
@@ -112,7 +101,7 @@ rule figure4:
 rule figure6:
     input:
         "experiment.yaml",
-        found=ordered("figures/figure6.svg", ablation_metrics(KNOBS)),
+        found=ordered("figure6", ablation_metrics(KNOBS)),
     output:
         "figures/figure6.svg",
     log:
@@ -127,7 +116,7 @@ rule figure7:
     input:
         "experiment.yaml",
         found=ordered(
-            "figures/figure7.svg",
+            "figure7",
             ablation_metrics(["network"] if len(STUDY.networks) > 1 else []),
         ),
     output:
