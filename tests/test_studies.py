@@ -160,6 +160,13 @@ def test_paper_small_plans_every_table_and_figure_with_one_synthesis_a_fold(tmp_
     assert Counter(words_of(commands, "ratio")) == {"8": 2}
     used = Counter(words_of(commands, "num_variants"))
     assert set(used) == {"8", "4", "2", "1"} and used["1"] == 2  # its training and its evaluation
+    # synthetic_then_real: half of the epochs on variants alone, the rest on real slices from there
+    place = f"{tmp_path}/fold0/synthetic_then_real/seed0"
+    first = [words for words in commands if f"{place}/on_synthetic" in words]
+    assert words_of(first, "arm") + words_of(first, "epochs") == ["synthetic", "7"]
+    both = [words for words in commands if place in words]  # training and evaluation
+    assert words_of(both, "arm") + words_of(both, "epochs") == ["baseline"] * 2 + ["8"] * 2
+    assert words_of(both, "weights") == [f"{place}/on_synthetic/model.pt"] * 2
 
 
 def test_paper_prostate_plans_the_papers_scale_and_protocol_on_many_gpus(tmp_path):
