@@ -262,6 +262,7 @@ def test_streamed_slices_are_jittered_anew(backbone, tmp_path):
         drawn.append(draw(items[2]))
     assert (drawn[0]["image"] - drawn[1]["image"]).abs().max() > 0.1
     for key in ("image", "edge", "noise", "posterior_noise"):
+        assert type(drawn[0][key]) is torch.Tensor  # what torch.compile takes
         assert torch.equal(drawn[0][key], drawn[2][key]), key
     still = DrawDiffusionTargetsd(backbone, 0.0, 32)
     still.set_random_state(seed=0)

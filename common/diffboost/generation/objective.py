@@ -5,6 +5,7 @@ from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from monai.engines import PrepareBatch
 from monai.transforms import RandomizableTransform
+from monai.utils import convert_to_tensor
 from torch import nn
 from torch.nn.functional import l1_loss
 
@@ -77,7 +78,7 @@ class DrawDiffusionTargetsd(RandomizableTransform):
         if self.jitter is not None:
             self.jitter.set_random_state(seed=self.R.randint(2**32, dtype="uint32"))
             item = self.jitter(item)
-        image, edge = (torch.as_tensor(item[key]) for key in ("image", "edge"))
+        image, edge = (convert_to_tensor(item[key], track_meta=False) for key in ("image", "edge"))
         return {"image": image, "posterior_noise": posterior_noise, **drawn, "edge": edge}
 
     def _cached(self, data: dict, copy: int) -> dict:
