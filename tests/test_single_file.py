@@ -52,6 +52,7 @@ def files(folder, state):
     bare = {name.removeprefix("control_model."): v for name, v in branch.items()}
     save_file(state, single / "control_ldm.safetensors")
     extras = {"betas": torch.ones(1000), "model_ema.decay": torch.ones(())}
+    extras["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(20)
     torch.save({"state_dict": plain | extras, "global_step": 7}, single / "ldm.ckpt")
     torch.save(branch, single / "branch.pth")
     save_file(bare, single / "bare_branch.safetensors")

@@ -55,7 +55,7 @@ def trace_lineage(
         "fold": fold,
         "seed": seed,
         "cases": hash_cases(data),
-        "backbone": Path(backbone).name if Path(backbone).is_dir() else backbone,
+        "backbone": Path(backbone).name if Path(backbone).exists() else backbone,
         "backbone_sha256": backbone_sha256(backbone),
         "train_base": train_base,
         "ancestors": [read_lineage(path) for path in ancestors if path.is_file()],

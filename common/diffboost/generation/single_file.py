@@ -5,6 +5,7 @@ Files are never unpickled beyond tensors and plain containers, and only the tens
 read from disk.
 """
 
+import logging
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTokenizer
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 PREFIXES = {
@@ -158,6 +161,8 @@ def load_single_file(
     """
     if part not in parts_of(path):
         raise refuse_layout(path, BACKBONES + f", and the part {part!r} is looked for", "backbone")
+    if part == "unet" and key_groups(path)["model_ema."]:
+        logger.info("%s holds averaged weights (model_ema.*) too; the plain ones are used", path)
     # The text encoder has buffers that no file holds.
     with torch.device("cpu" if part == "text_encoder" else "meta"):
         network = build()
