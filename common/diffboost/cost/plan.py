@@ -36,6 +36,7 @@ class Stage:
         unit: FLOPs an image, and memory.
         flops: of the whole run.
         disk_bytes: of what it writes.
+        float32_flops: those of ``flops`` that are in float32, whatever the unit's precision.
     """
 
     stage: str
@@ -47,6 +48,7 @@ class Stage:
     unit: Unit
     flops: float
     disk_bytes: int
+    float32_flops: float = 0.0
 
 
 class StudyCost:
@@ -148,8 +150,13 @@ class StudyCost:
         encoding = self._encoding(
             *(value(parser, key) for key in ("backbone", "image_size")), batch
         )
-        unit = replace(unit, weight_bytes=unit.weight_bytes + encoding.weight_bytes)
-        return replace(row, unit=unit, flops=row.flops + row.images * encoding.flops)
+        unit = replace(
+            unit,
+            weight_bytes=unit.weight_bytes + encoding.weight_bytes,
+            activation_bytes=max(unit.activation_bytes, encoding.activation_bytes),
+        )
+        encoded = row.images * encoding.flops
+        return replace(row, unit=unit, flops=row.flops + encoded, float32_flops=encoded)
 
     def _finetune(self, fold: int) -> Iterator[Stage]:
         parser = self._parse("finetune", self.experiment.finetune)
@@ -163,9 +170,8 @@ class StudyCost:
         """The base's synthetic store of each fold, and those of settings that need their own."""
         study, made = self.experiment, set()
         for setting in plans.settings(study):
-            for fold in (
-                study.folds if setting == plans.BASE else study.ablation_folds or study.folds
-            ):
+            ablated = None if setting == plans.BASE else study.ablation_folds
+            for fold in ablated or study.folds:
                 folder = plans.synthetic_dir(setting, fold)
                 if folder not in made:
                     made.add(folder)

@@ -48,7 +48,8 @@ def rows(stages: Sequence[Stage], device: Device) -> pd.DataFrame:
             "optimizer_bytes": stage.unit.optimizer_bytes,
             "activation_bytes": stage.unit.activation_bytes,
             "disk_bytes": stage.disk_bytes,
-            "hours": device.hours(stage.flops, stage.unit.precision),
+            "hours": device.hours(stage.flops - stage.float32_flops, stage.unit.precision)
+            + device.hours(stage.float32_flops, "float32"),
         }
         for stage in stages
     ).astype({"fold": "Int64", "seed": "Int64"})
