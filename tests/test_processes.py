@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import psutil
 import pytest
 import small_backbone
 import torch
+import yaml
 from monai.bundle import run
 from torchrun import bundle_settings, run_in_two_processes, torchrun
 
@@ -199,3 +201,12 @@ def test_a_torchrun_that_takes_too_long_leaves_no_process(tmp_path):
         torchrun([str(script)], timeout=8)
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(script) in command]
+
+
+def test_slurm_profile_knows_every_stage():
+    workflow = Path(__file__).parents[1] / "workflow"
+    profile = yaml.safe_load((workflow / "profiles/slurm/config.yaml").read_text())
+    text = "".join(path.read_text() for path in (workflow / "rules").glob("*.smk"))
+    local = re.search(r"localrules:\n((?: +\w+,\n)+)", text).group(1)
+    stages = set(re.findall(r"^rule (\w+):", text, re.M)) - set(re.findall(r"\w+", local))
+    assert set(profile["set-resources"]) == stages and profile["executor"] == "slurm"
