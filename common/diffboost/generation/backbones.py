@@ -274,15 +274,13 @@ def write_backbone(
             part = parts[name]
             if half and isinstance(part, nn.Module):
                 part = part.half()
-            part.save_pretrained(partial / name)
-            _forget_path(partial / name / "config.json")
+            _write_part(part, partial / name)
         elif base is not None and has_part(base, name):
-            root = Path(resolve_backbone(base))
-            if root.is_dir():
-                shutil.copytree(root / name, partial / name)
+            folder = Path(resolve_backbone(base)) / name
+            if folder.is_dir():
+                shutil.copytree(folder, partial / name)
             else:
-                load_part(base, name).save_pretrained(partial / name)
-                _forget_path(partial / name / "config.json")
+                _write_part(load_part(base, name), partial / name)
     if lineage is not None:
         write_lineage(partial / "lineage.json", lineage)
     partial.rename(target)
@@ -292,8 +290,10 @@ def write_backbone(
     return target
 
 
-def _forget_path(config: Path) -> None:
-    """Drop the path of the machine where a part was loaded from; diffusers keeps it."""
+def _write_part(part: object, folder: Path) -> None:
+    """Save a part, without the path of the machine where it was loaded from; diffusers keeps it."""
+    part.save_pretrained(folder)
+    config = folder / "config.json"
     if config.is_file():
         content = json.loads(config.read_text())
         content.pop("_name_or_path", None)

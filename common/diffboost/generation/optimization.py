@@ -56,13 +56,8 @@ def check_scale(
     if dtype == torch.bfloat16 and device.type == "cuda" and not _has_bfloat16():
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"precision: {name} has no bfloat16; it can float32 and float16")
-    if optimizer_name == "adamw8bit" and find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "optimizer_name: adamw8bit needs bitsandbytes, which is not installed: "
-            "`pip install bitsandbytes`; adamw needs nothing"
-        )
-    if optimizer_name == "adamw8bit" and device.type != "cuda":
-        raise ValueError(f"optimizer_name: adamw8bit needs a CUDA device, this is {device}")
+    if optimizer_name == "adamw8bit":
+        _check_eight_bits(device)
     if compile:
         _try_compiler(device)
 
@@ -70,6 +65,16 @@ def check_scale(
 def _refuse_unknown(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{key}: {value!r} is not known; {nearest(value, allowed)}")
+
+
+def _check_eight_bits(device: torch.device) -> None:
+    if find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "optimizer_name: adamw8bit needs bitsandbytes, which is not installed: "
+            "`pip install bitsandbytes`; adamw needs nothing"
+        )
+    if device.type != "cuda":
+        raise ValueError(f"optimizer_name: adamw8bit needs a CUDA device, this is {device}")
 
 
 def _has_bfloat16() -> bool:
