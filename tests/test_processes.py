@@ -54,6 +54,8 @@ def training(folder: Path, name: str, processes: int) -> dict:
         "device": "cpu",
     }
     knobs["batch_size"] //= processes
+    if (name, processes) == ("finetune", 2):  # and half of that twice a step
+        knobs |= {"batch_size": knobs["batch_size"] // 2, "accumulation": 2}
     if bundle == SEGMENTATION:
         knobs["synthetic_dir"] = str(folder / "synthetic_1")
     elif config != "train_pix2pix":
