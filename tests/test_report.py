@@ -14,7 +14,7 @@ from PIL import Image
 from small_store import write_store, write_variants
 
 from diffboost import cli
-from diffboost.report import number, seconds, signed, write_report
+from diffboost.report import number, probability, seconds, signed, write_report
 from diffboost.results import load_metrics
 from diffboost.statistics import case_values, describe, paired_difference, summarize
 
@@ -216,4 +216,5 @@ def test_the_command_writes_the_report(monkeypatch, run_dir):
 def test_figures_for_people():
     assert (number(0.12345), number(float("nan")), number(None)) == ("0.123", "–", "–")
     assert (signed(-0.5), signed(0.25, 2)) == ("−0.500", "+0.25")
+    assert [probability(p) for p in (1e-9, 0.04, float("nan"))] == ["< 0.001", "0.040", "–"]
     assert [seconds(value) for value in (47.6, 200, 3900)] == ["48 s", "3 min 20 s", "1 h 05 min"]

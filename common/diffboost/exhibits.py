@@ -70,9 +70,8 @@ def table2_text(rows: pd.DataFrame) -> str:
     digits = {key: 2 if key in statistics.LOWER_IS_BETTER else 3 for key in names}
     tables = {
         "Mean ± standard deviation over cases (labels, seeds and folds averaged first)": "",
-        "As the paper aggregates: mean of fold means ± root of the mean variance within folds": (
-            "fold_"
-        ),
+        f"As the paper aggregates, {int(rows['num_folds'].max())} fold(s): mean of fold means ± "
+        "root of the mean variance within folds": "fold_",
     }
     lines = []
     for title, prefix in tables.items():

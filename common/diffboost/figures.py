@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette, which the color-blind can tell apart; baseline is gray.
+# Darker shades follow for studies of many arms.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8C6BB1")
+COLORS += ("#003F63", "#8A5F00", "#00563F", "#7D3F62", "#7A3600", "#22668C", "#4C3566")
 BASELINE_COLOR = "#7A7F87"
 STYLE = {
     "font.family": "sans-serif",
@@ -126,7 +128,8 @@ def segmenter_chart(log: pd.DataFrame, colors: dict[str, str]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("inner-validation Dice")
         axes.set_title("Segmenters", loc="left", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1.05)} if len(colors) > 4 else {}
+        axes.legend(frameon=False, fontsize=8 if len(colors) < 12 else 7, **beside)
         return embed(figure)
 
 

@@ -139,6 +139,7 @@ def _template() -> Template:
         loader=PackageLoader("diffboost", "."), autoescape=True, undefined=StrictUndefined
     )
     environment.filters |= {"number": number, "signed": signed, "seconds": seconds}
+    environment.filters |= {"probability": probability}
     return environment.get_template("report.html.j2")
 
 
@@ -165,6 +166,11 @@ def signed(value: float | None, digits: int = 3) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def probability(value: float) -> str:
+    """A p for people: three digits, or that it is smaller; a dash if it does not exist."""
+    return "< 0.001" if value < 0.001 else number(value)
 
 
 def seconds(value: float) -> str:
