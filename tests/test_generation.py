@@ -250,6 +250,18 @@ def test_variants_do_not_depend_on_their_batch(backbone):
     torch.testing.assert_close(whole[1:2], alone, atol=1e-4, rtol=0)
 
 
+def test_half_precision_moves_a_variant_a_little(backbone):
+    network = ControlledUNet(backbone).eval()
+    inputs = torch.randn(1, 4, 8, 8), network, torch.randn(1, 12, 16), torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        full = VariantInferer(backbone, num_inference_steps=2)(*inputs)
+        half = VariantInferer(backbone, num_inference_steps=2, precision="bfloat16")(*inputs)
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).abs().max() < 0.1
+    with pytest.raises(ValueError, match="precision: 'bf16' is not known"):
+        VariantInferer(backbone, precision="bf16")
+
+
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "unipc", "euler"])
 def test_guidance_of_equal_prompts_changes_nothing(backbone, scheduler):
     network = ControlledUNet(backbone).eval()

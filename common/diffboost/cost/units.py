@@ -159,6 +159,7 @@ def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
         autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae"))
         latent = torch.zeros(batch, *latent_shape(backbone, size))
     scale = value(parser, "control_scale")
+    precision = value(parser, "precision", "float32")
     modules = [network, network.base, autoencoder]
     step = _forward(
         lambda: network(*_generator_inputs(backbone, size, doubled * batch), scale), modules, batch
@@ -168,7 +169,7 @@ def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
         step,
         flops=step.flops * len(scheduler.timesteps) + decoding.flops,
         activation_bytes=max(step.activation_bytes, decoding.activation_bytes),
-        precision=float32_kind(parser),
+        precision=float32_kind(parser) if precision == "float32" else precision,
     )
 
 

@@ -190,6 +190,7 @@ def variant_facts(
     guidance_scale: float,
     control_scale: float,
     prompt_weights: Mapping[str, float],
+    precision: str,
     batch_size: int,
 ) -> dict:
     """What all variants of a run share, a column each in the manifest: generator, sampler, seed."""
@@ -202,6 +203,7 @@ def variant_facts(
         "guidance_scale": guidance_scale,
         "control_scale": control_scale,
         "prompt_weights": json.dumps(dict(prompt_weights), sort_keys=True),
+        "precision": precision,
         "batch_size": batch_size,
         "backbone": backbone,
         "model_sha256": generator["model_sha256"],
