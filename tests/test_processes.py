@@ -25,7 +25,7 @@ SYNTHESIS, SEGMENTATION = "diffboost_synthesis", "diffboost_segmentation"
 # name: bundle, config, overlay, knobs; 15 slices have a last batch of 3, or of 2 and 1. A small
 # learning rate keeps rounding small, which Adam and batch norm enlarge with every step.
 TRAININGS = {
-    "pretrain": (PRETRAIN, "train", "multi_gpu_train", {"train_base": True, "batch_size": 8}),
+    "pretrain": (PRETRAIN, "train", "multi_gpu_train", {"train_base": False, "batch_size": 8}),
     "autoencoder": (
         PRETRAIN, "train_autoencoder", "multi_gpu_train",
         {"amp": False, "batch_size": 6, "downsampling": 4},
