@@ -14,7 +14,7 @@ import pytest
 import yaml
 from test_bundles import bundle_commands, check_flags
 
-from diffboost import exhibits, plans
+from diffboost import cli, exhibits, plans
 from diffboost.plans import BASE, Experiment, Setting
 from diffboost.results import COLUMNS, load_metrics, read_metrics
 from diffboost.statistics import ablation_points, holm, over_folds, verdict
@@ -192,6 +192,24 @@ def test_paper_prostate_plans_the_papers_scale_and_protocol_on_many_gpus(tmp_pat
 
 
 # --- statistics ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("task", "breast_ultrasond", "did you mean 'breast_ultrasound'"),
+        ("backbone", "notes.ckpt", "backbone: 'notes.ckpt' is no folder and no file"),
+        ("backbone", "{folder}", "has no folder unet"),
+    ],
+)
+def test_a_study_refuses_what_its_later_stages_would(tmp_path, key, value, message):
+    written = {"name": "bad", "task": "breast_ultrasound", "dataset_dir": "/nowhere"}
+    written |= {"arms": ["baseline"], key: value.format(folder=tmp_path)}
+    path = tmp_path / "bad.yaml"
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(SystemExit, match=message):
+        cli.study(str(path), runs_dir=str(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_holm_by_hand():

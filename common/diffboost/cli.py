@@ -12,8 +12,9 @@ from typing import TextIO
 
 import fire
 
+from diffboost.data.tasks import read_task
 from diffboost.exhibits import EXHIBITS
-from diffboost.experiments import read_experiment
+from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.plans import check_target
 from diffboost.report import write_report
@@ -48,7 +49,9 @@ def study(
     path = Path(experiment).absolute()
     try:
         ordered = read_experiment(path)
+        read_task(task_path(ordered, path))
         check_target(ordered, target)
+        _check_backbone(ordered.backbone)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / ordered.name
@@ -120,6 +123,15 @@ def cost(
         sys.stdout.write(show_cost(experiment, device, target, **sizes))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
+
+
+def _check_backbone(backbone: str) -> None:
+    """Raises where a backbone is none, which otherwise only the second stage would say."""
+    if backbone != "tiny":
+        from diffboost.generation.backbones import has_part  # imports diffusers: takes seconds
+
+        if not has_part(backbone, "unet"):
+            raise ValueError(f"backbone: {backbone} has no folder unet; the layout is diffusers'")
 
 
 def _hold(lock: TextIO, run_dir: Path) -> None:
