@@ -68,6 +68,8 @@ def write_store(
             row = {key: f"{key}s/{name}" for key in ("image", "label", "edge")}
             row |= {"case": case, "slice": index, "image_root": "store", "prompt": "MR, ball, ball"}
             row |= {"section": "training", "fold": number % 3, "foreground_px": (label > 0).sum()}
+            row |= {"group": case, "affine": AFFINE.ravel().tolist()}
+            row |= {"original_shape": [40, 52, 1] if layout == "pairs" else [5, 40, 36]}
             row |= {"source_image": names[0], "source_label": names[1]}
             row |= {"sha256": "", "source_sha256": f"{number:064x}"}
             rows.append(
@@ -80,7 +82,7 @@ def write_store(
         "task": task,
         "preprocessing": {"image_size": image_size},
         "source_dir": "source",
-        "store_version": 2,
+        "store_version": 3,
     }
     (store_dir / "dataset.json").write_text(json.dumps(header))
     return store_dir

@@ -48,6 +48,7 @@ def prepare(
     intensity_per: str | None = None,
     prompt_order: str | None = None,
     fold_order: str = "drawn",
+    group_duplicates: bool = True,
     validation_fraction: float = 0.0,
     download: bool = False,
     phantoms: Mapping | None = None,
@@ -79,6 +80,8 @@ def prepare(
         labels: name -> source values in place of the task's, see ``change_task``; None: the task's.
         intensity_per, prompt_order: in place of the task's, see ``change_task``; None: the task's.
         fold_order: "drawn" or "listed", see ``assign_folds``.
+        group_duplicates: look for cases that show the same scan and keep them in one fold; not in
+            a tree.
         validation_fraction: share of a tree's images in [0, 1) that become section test, drawn by
             seed and path; at least one image unless it is 0.
         download: get the task's data set by MONAI if ``dataset_dir`` does not hold it.
@@ -117,6 +120,7 @@ def prepare(
         },
         "num_folds": num_folds,
         "fold_order": fold_order,
+        "group_duplicates": group_duplicates and not in_tree,
         "num_cases": num_cases,
         "phantoms": dict(phantoms or {}) if str(dataset_dir) == PHANTOMS else None,
         "seed": seed,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from diffboost.conditions.edges import EdgeDetector, join_edges, mask_edges
 from diffboost.conditions.prompts import task_prompt
 from diffboost.contact_sheet import write_contact_sheet
+from diffboost.data.duplicates import find_duplicates, group_cases, is_too_large
 from diffboost.data.loading import CaseDataset, LoadedCase
 from diffboost.data.slices import (
     INDEX_COLUMNS,
@@ -131,15 +132,44 @@ class StoreWriter:
         rejected = pd.DataFrame(self.rejected, columns=["file", "reason"])
         rejected.to_csv(self.store_dir / "rejected.csv", index=False)
         index = pd.DataFrame(self.rows)
+        index["group"] = self._groups(index)
         training = index.case[index.section == "training"].unique()
         num_folds = self.wanted["num_folds"]
         if (index.section == "test").any():  # folds only move the inner validation then
             num_folds = min(num_folds, len(training))
-        folds = assign_folds(training, num_folds, self.wanted["seed"], self.wanted["fold_order"])
+        groups = dict(zip(index.case, index.group, strict=True))
+        folds = assign_folds(
+            training, num_folds, self.wanted["seed"], self.wanted["fold_order"], groups
+        )
         index["fold"] = index.case.map(folds).fillna(-1).astype(int)
         index[list(INDEX_COLUMNS)].to_parquet(self.store_dir / "index.parquet", index=False)
         sections = index.drop_duplicates("case").section.value_counts()
         finish_store(self.store_dir, self.wanted, self.detector, sections)
+
+    def _groups(self, index: pd.DataFrame) -> pd.Series:
+        """The group of every row: cases that show the same scan; writes them to duplicates.csv."""
+        if not self.wanted["group_duplicates"]:
+            return index.case
+        if is_too_large(index):
+            logger.warning(
+                "%d cases with %d slices are too many to be searched for near-duplicates: each is "
+                "a group of its own; name the groups in index.parquet if you know them",
+                index.case.nunique(),
+                len(index),
+            )
+            return index.case
+        paths = [self.store_dir / name for name in index.image]
+        pairs = find_duplicates(index, paths, self.wanted["task"])
+        pairs.to_csv(self.store_dir / "duplicates.csv", index=False)
+        groups = group_cases(index.case.unique(), zip(pairs.case, pairs.other, strict=True))
+        if len(pairs):
+            logger.warning(
+                "%d pairs of cases show the same scan (duplicates.csv), the most alike %s and %s; "
+                "folds keep them together",
+                len(pairs),
+                *pairs.loc[0, ["case", "other"]],
+            )
+        return index.case.map(groups)
 
 
 def check_rejected(

@@ -152,6 +152,7 @@ class TreeWriter:
         }  # fmt: skip
         columns = {name: [value] * len(paths) for name, value in same.items()} | {
             "case": cases,
+            "group": cases,  # near-duplicates are not searched among a million images
             "image": paths,
             "edge": [f"edges/{path}" for path in paths],
             "prompt": [_prompt(path.rsplit("/", 1)[0]) for path in paths],

@@ -16,10 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from diffboost.data.items import SliceItems
 from diffboost.data.splits import needs_names, select
 
-STORE_VERSION = 2
+STORE_VERSION = 3
 INDEX_COLUMNS = (
     "case", "slice", "image", "label", "edge", "image_root", "prompt", "section", "fold",
-    "spacing_mm", "original_shape", "affine", "foreground_px", "sha256", "source_image",
+    "group", "spacing_mm", "original_shape", "affine", "foreground_px", "sha256", "source_image",
     "source_label", "source_sha256",
 )  # fmt: skip
 
@@ -189,7 +189,7 @@ def slice_items(
     Source: DiffBoost Sec. 4.1 (slices with more than 20 foreground pixels; facts, item 14).
     """
     store = read_store(store_dir)
-    names = ["case"] if needs_names(part, inner_fraction, num_cases) else []
+    names = ["case", "group"] if needs_names(part, inner_fraction, num_cases) else []
     index = store.columns([*names, "section", "fold", "foreground_px"])
     rows = select(index, fold, part, inner_fraction, seed, num_cases)
     rows = rows[rows.foreground_px >= min_foreground_px]

@@ -1,6 +1,6 @@
 """Splits: folds over cases, the test part, and the inner validation part of a training fold."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -18,21 +18,27 @@ def _seeded_order(cases: Iterable[str], *address: int | str) -> list[str]:
 
 
 def assign_folds(
-    cases: Iterable[str], num_folds: int, seed: int, order: str = "drawn"
+    cases: Iterable[str],
+    num_folds: int,
+    seed: int,
+    order: str = "drawn",
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, int]:
-    """A fold for every case, of sizes that differ by one at most.
+    """A fold for every case, of sizes that differ by one at most where groups allow it.
 
     Args:
         cases: names of the cases; their order does not matter if it is drawn.
         num_folds: number of folds, at least 1.
         seed: seed of the draw.
         order: "drawn" by seed and name, or "listed": the first cases are fold 0, the next fold 1 …
+        groups: case -> name of its group, whose cases share a fold: the emptiest one, in the drawn
+            order; that of the first listed. None: every case is a group.
 
     Returns:
         case -> fold in [0, num_folds).
 
     Raises:
-        ValueError: ``num_folds`` < 1, fewer cases than folds, or an unknown order.
+        ValueError: ``num_folds`` < 1, fewer cases or groups than folds, or an unknown order.
 
     Source: DiffBoost Sec. 4.1 (k-fold cross validation); drawing by name is our choice, the
         released code takes them as listed (facts 33).
@@ -46,10 +52,31 @@ def assign_folds(
         raise ValueError(f"num_folds: {num_folds}; at least 1 is needed")
     if len(names) < num_folds:
         raise ValueError(f"num_folds: {num_folds} folds need as many cases, there are {len(names)}")
+    members: dict[str, list[str]] = {}
+    for name in names:
+        members.setdefault((groups or {}).get(name, name), []).append(name)
+    if len(members) < num_folds:
+        raise ValueError(
+            f"num_folds: {num_folds} folds need as many groups of cases that are not duplicates of "
+            f"each other, there are {len(members)}"
+        )
     if order == "drawn":
-        return {case: rank % num_folds for rank, case in enumerate(names)}
+        return _fill_folds(members, num_folds, seed)
     blocks = np.array_split(np.arange(len(names)), num_folds)  # the first ones may have one more
-    return {names[rank]: fold for fold, block in enumerate(blocks) for rank in block}
+    listed = {names[rank]: fold for fold, block in enumerate(blocks) for rank in block}
+    return {name: listed[group[0]] for group in members.values() for name in group}
+
+
+def _fill_folds(members: Mapping[str, list[str]], num_folds: int, seed: int) -> dict[str, int]:
+    """Groups in drawn order, large ones first, each into the fold with the fewest cases so far."""
+    order = _seeded_order(members, seed, "fold")
+    order.sort(key=lambda group: -len(members[group]))  # stable: equal ones stay as drawn
+    sizes, folds = [0] * num_folds, {}
+    for group in order:
+        fold = sizes.index(min(sizes))
+        sizes[fold] += len(members[group])
+        folds |= dict.fromkeys(members[group], fold)
+    return folds
 
 
 def select(
@@ -68,7 +95,8 @@ def select(
     then drawn from the cases that are left.
 
     Args:
-        index: a slice store's index (columns case, section, fold).
+        index: a slice store's index (columns case, section, fold and, where there is one, group:
+            cases of a group stay together in the inner validation part or out of it).
         fold: the fold that is held out, from 0.
         part: ``training``, ``inner_validation``, ``training_fold`` (both), ``test`` or ``all``.
         inner_fraction: share of the training fold's cases for inner validation, in [0, 1); at
@@ -105,13 +133,30 @@ def select(
         cases = _seeded_order(cases, seed, fold, "num_cases")[:num_cases]
     num_inner = max(1, round(inner_fraction * len(cases))) if inner_fraction else 0
     _refuse_empty(fold, len(cases), num_inner)
-    inner = _seeded_order(cases, seed, fold, "inner_validation")[:num_inner]
+    inner = _inner_cases(index, cases, num_inner, (seed, fold, "inner_validation"))
+    _refuse_empty(fold, len(cases), len(inner))
     chosen = {
         "training": set(cases) - set(inner),
         "inner_validation": set(inner),
         "training_fold": set(cases),
     }[part]
     return index[index.case.isin(chosen)]
+
+
+def _inner_cases(index: pd.DataFrame, cases: Iterable[str], count: int, address: tuple) -> set[str]:
+    """Whole groups in drawn order until there are ``count`` cases or more."""
+    groups = index["group" if "group" in index else "case"]
+    rows = pd.DataFrame({"case": index.case, "group": groups}).drop_duplicates("case")
+    rows = rows[rows.case.isin(set(cases))]
+    members: dict[str, list[str]] = {}
+    for case, group in zip(rows.case, rows.group, strict=True):
+        members.setdefault(group, []).append(case)
+    inner: set[str] = set()
+    for group in _seeded_order(members, *address):
+        if len(inner) >= count:
+            break
+        inner.update(members[group])
+    return inner
 
 
 def needs_names(part: str, inner_fraction: float, num_cases: int | None) -> bool:
