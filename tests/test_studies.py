@@ -292,7 +292,8 @@ def test_table_2_has_both_aggregates_and_a_verdict(metrics):
     assert rows.loc["diffboost", "verdict"] == "gain shown"
     assert rows.loc["mirror", "verdict"] == "no gain shown"  # worse, and surely so
     assert rows.loc["mirror", "p_holm"] == pytest.approx(2 * rows.loc["mirror", "p"], rel=1e-6)
-    text = exhibits.table2_text(rows.reset_index())
+    text = exhibits.table2_text(rows.reset_index(), "mm")
+    assert "| arm | Dice |" in text
     cases = np.concatenate([np.linspace(0.4, 0.7, 12), np.linspace(0.5, 0.8, 12)])
     assert f"| baseline | 0.600 ± {cases.std(ddof=1):.3f} |" in text
     assert re.search(r"\| diffboost \| \+0\.10\d \| .* \| gain shown \|", text)

@@ -1,7 +1,7 @@
 """The paper's tables and figures of a study: Table 2, Figures 4, 6 and 7, as files."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 
 from diffboost import plans, results, statistics
+from diffboost.data.slices import read_store
 from diffboost.figures import BASELINE_COLOR, STYLE, arm_colors
 from diffboost.handlers import write_aside
 from diffboost.pictures import merge_picture
@@ -61,12 +62,25 @@ def table2_rows(metrics: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table2_text(rows: pd.DataFrame) -> str:
+def length_unit(task: Mapping) -> str:
+    """What distances are in: px for 2D images, whose pixels have no known size; mm for volumes."""
+    return "px" if task["layout"] == "pairs" else "mm"
+
+
+def table2_text(rows: pd.DataFrame, unit: str) -> str:
     """Table 2 for people, in Markdown: over cases, against baseline, and as the paper aggregates.
+
+    Args:
+        rows: as `table2_rows` gives them.
+        unit: of distances.
 
     Source: engineering choice
     """
-    names = {key: name for key, name in METRIC_NAMES.items() if key in set(rows["metric"])}
+    names = {
+        key: f"{name} ({unit})" if key in statistics.LOWER_IS_BETTER else name
+        for key, name in METRIC_NAMES.items()
+        if key in set(rows["metric"])
+    }
     digits = {key: 2 if key in statistics.LOWER_IS_BETTER else 3 for key in names}
     tables = {
         "Mean ± standard deviation over cases (labels, seeds and folds averaged first)": "",
@@ -224,7 +238,7 @@ def _write_table2(run_dir: Path) -> None:
     arms = results.read_experiment_as_run(run_dir).arms
     rows = table2_rows(metrics[metrics["knob"] == ""], arms)
     write_aside(run_dir / "tables/table2.csv", lambda path: rows.to_csv(path, index=False))
-    text = table2_text(rows)
+    text = table2_text(rows, length_unit(read_store(run_dir / "store").header["task"]))
     write_aside(run_dir / "tables/table2.md", lambda path: path.write_text(text, "utf-8"))
 
 

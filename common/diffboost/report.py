@@ -112,7 +112,7 @@ def render(
         experiment_text=yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False),
         summary=summary,
         header=store.header,
-        length_unit="px" if store.header["task"]["layout"] == "pairs" else "mm",
+        length_unit=exhibits.length_unit(store.header["task"]),
         num_runs=sum(len(segmenters(experiment, setting)) for setting in settings(experiment)),
         metric_names={
             key: name for key, name in METRIC_NAMES.items() if key in summary["arms"][arms[0]]
