@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from diffboost.data.slices import write_edge, write_image, write_label
+from diffboost.data.slices import sha256_of_files, write_edge, write_image, write_label
 from diffboost.data.tasks import read_task
 from diffboost.data.transforms import case_preprocessing
 
@@ -91,6 +91,8 @@ def write_store(
 def write_variants(store_dir: Path, synthetic_dir: Path, ratio: int = 2) -> Path:
     """A synthetic store: flat gray images, darker by the number of the variant; all kept."""
     (synthetic_dir / "images").mkdir(parents=True)
+    lineage = synthetic_dir / "lineage.json"
+    lineage.write_text(json.dumps({"cases": {}, "ancestors": []}))
     size = json.loads((store_dir / "dataset.json").read_text())["preprocessing"]["image_size"]
     rows = []
     for row in pd.read_parquet(store_dir / "index.parquet").to_dict("records"):
@@ -98,6 +100,7 @@ def write_variants(store_dir: Path, synthetic_dir: Path, ratio: int = 2) -> Path
             name = f"images/{row['case']}_{row['slice']:04d}_{variant:03d}.png"
             write_image(synthetic_dir / name, np.full((size, size), -variant / 10))
             place = {"image": name, "case": row["case"], "slice": row["slice"]}
+            place |= {"source_image": row["image"], "lineage_sha256": sha256_of_files([lineage])}
             rows.append(place | {"variant": variant, "kept": True, "reason": ""})
     pd.DataFrame(rows).to_parquet(synthetic_dir / "manifest.parquet")
     return synthetic_dir

@@ -234,7 +234,8 @@ def test_selection_on_the_test_part_sees_its_slices_with_foreground(folder, refe
     assert not {item["case"] for item in inner} & {item["case"] for item in (*test, *trained)}
     assert len(inner) == len({item["slice"] for item in inner})  # all slices of one case
     reference("baseline")
-    train(folder, "selection", selection="test", inner_fraction=0.0)
+    chosen = {"selection": "test", "allow_selection_on_test": True, "inner_fraction": 0.0}
+    train(folder, "selection", **chosen)
     logs = [pd.read_csv(folder / name / "training_log.csv") for name in ("reference_baseline",
                                                                         "selection")]  # fmt: skip
     assert logs[0].val_dice.tolist() != logs[1].val_dice.tolist()

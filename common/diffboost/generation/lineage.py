@@ -6,6 +6,7 @@ In memory ``cases`` is a dictionary case -> hash, or a table with the columns ca
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import sha256_of_files
 from diffboost.handlers import write_aside
+from diffboost.processes import is_main_process, wait_for_processes
 
 LARGEST_INLINE = 20_000  # cases; a lineage.json of a million would take minutes to open
 SIDE_FILE = "lineage_cases"
@@ -75,6 +77,22 @@ def write_lineage(path: str | Path, lineage: dict) -> None:
         _with_tables_aside(lineage, path, itertools.count()), indent=1, sort_keys=True
     )
     write_aside(path, functools.partial(Path.write_text, data=text + "\n", encoding="utf-8"))
+
+
+def copy_lineage(generator_dir: str | Path, output_dir: str | Path) -> None:
+    """Copies a generator's lineage, with its tables, to the variants that it made.
+
+    Args:
+        generator_dir: folder with lineage.json.
+        output_dir: the synthetic store.
+
+    Source: engineering choice (issue 5, "every variant carries its generator's lineage").
+    """
+    if is_main_process():
+        tables = Path(generator_dir).glob(f"{SIDE_FILE}*.parquet")
+        for path in (*sorted(tables), Path(generator_dir) / "lineage.json"):
+            write_aside(Path(output_dir) / path.name, functools.partial(shutil.copyfile, path))
+    wait_for_processes()
 
 
 def _with_tables_aside(lineage: dict, path: Path, numbers: Iterator[int]) -> dict:
