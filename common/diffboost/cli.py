@@ -1,4 +1,4 @@
-"""The command `diffboost`: runs a study, writes a report, says what a study will cost."""
+"""The command `diffboost`: runs a study, writes a report, says what it will cost, audits stores."""
 
 import fcntl
 import inspect
@@ -142,7 +142,44 @@ def _hold(lock: TextIO, run_dir: Path) -> None:
         raise SystemExit(f"{run_dir}: another process is running this study") from None
 
 
-COMMANDS = {"study": study, "report": report, "cost": cost}
+def leaks(
+    store_dir: str,
+    synthetic_dir: str | None = None,
+    generator_dir: str | None = None,
+    model_dir: str | None = None,
+    fold: int | None = None,
+    inner_fraction: float = 0.2,
+    output: str | None = None,
+) -> None:
+    """Searches a slice store, and what was made from it, for leaks; names the pairs, exits with 1.
+
+    Args:
+        store_dir: the slice store.
+        synthetic_dir: a synthetic store made from it.
+        generator_dir: a generator's folder, with lineage.json.
+        model_dir: a segmenter's folder, with lineage.json and run.json.
+        fold: only this fold; all, or the one that a lineage names, if left out.
+        inner_fraction: share of the training cases kept for inner validation.
+        output: a CSV file for the leaks.
+    """
+    from diffboost.audit.leaks import audit_leaks, write_leaks  # torch takes seconds
+
+    try:
+        found = audit_leaks(
+            store_dir, synthetic_dir, generator_dir, model_dir, fold, inner_fraction
+        )
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    for leak in found:
+        logger.error("leak: %s", leak)
+    if output is not None:
+        write_leaks(output, found)
+    if found:
+        raise SystemExit(1)
+    logger.info("no leak in %s", store_dir)
+
+
+COMMANDS = {"study": study, "report": report, "cost": cost, "audit": {"leaks": leaks}}
 
 
 def main() -> None:
@@ -159,12 +196,17 @@ def _refuse_misspelt(arguments: list[str]) -> None:
     """
     if not arguments or arguments[0].startswith("-"):
         return
-    command = arguments[0]
+    name, commands = "diffboost", COMMANDS
     try:
-        refuse_unknown({command: "command"}, COMMANDS, "diffboost")
+        while isinstance(commands, dict) and arguments and not arguments[0].startswith("-"):
+            refuse_unknown({arguments[0]: "command"}, commands, name)
+            name, commands = f"{name} {arguments[0]}", commands[arguments[0]]
+            arguments = arguments[1:]
+        if isinstance(commands, dict):
+            return
         flags = {key.replace("-", "_"): value for key, value in read_flags(arguments).items()}
-        allowed = [*inspect.signature(COMMANDS[command]).parameters, "help"]
-        refuse_unknown(flags, allowed, f"diffboost {command}")
+        allowed = [*inspect.signature(commands).parameters, "help"]
+        refuse_unknown(flags, allowed, name)
     except ValueError as error:
         raise SystemExit(str(error)) from None
 

@@ -100,7 +100,7 @@ def _shared(rows: pd.DataFrame, others: pd.DataFrame) -> Iterator[tuple[str, str
     checks = (
         ("source_sha256", "image", "files of the same hash"),
         ("sha256", "image", "slices of the same hash"),
-        ("group", "duplicate", "one group in the index"),
+        ("group", "duplicate", "one group of duplicates"),
     )
     for column, kind, reason in checks:
         sides = (_telling_slices(side) if column == "sha256" else side for side in (rows, others))
@@ -140,7 +140,7 @@ def lineage_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame)
                 leaks.append(Leak("generator", case, by_hash[sha256], f"{model}: the same hash"))
             elif groups.get(sha256) in by_group:
                 second = by_group[groups[sha256]]
-                leaks.append(Leak("generator", case, second, f"{model}: one group in the index"))
+                leaks.append(Leak("generator", case, second, f"{model}: one group of duplicates"))
     return leaks
 
 
