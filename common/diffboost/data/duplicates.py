@@ -1,6 +1,7 @@
 """Duplicates in a slice store: which cases show the same scan, and groups that folds keep together.
 
-The thresholds come from planted copies and from pairs of different patients, see docs/leaks.md.
+The thresholds come from planted copies and from pairs of different patients of BUSI and of
+hippocampus MR.
 """
 
 import logging
