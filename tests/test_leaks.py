@@ -15,10 +15,11 @@ from small_store import write_store, write_variants
 
 from diffboost import cli
 from diffboost.audit.leaks import audit_leaks, write_leaks
-from diffboost.data.duplicates import find_duplicates, group_cases, in_plane_shape
+from diffboost.data.comparison import in_plane_shape
+from diffboost.data.duplicates import find_duplicates
 from diffboost.data.registration import Likeness, align, invert, texture
 from diffboost.data.slices import read_store, sha256_of_files
-from diffboost.data.splits import assign_folds, select
+from diffboost.data.splits import assign_folds, group_cases, select
 from diffboost.prepare import prepare
 
 TASK_2D = {"name": "grain", "layout": "pairs", "labels": {"lesion": [1]}}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from diffboost.conditions.edges import EdgeDetector, join_edges, mask_edges
 from diffboost.conditions.prompts import task_prompt
 from diffboost.contact_sheet import write_contact_sheet
-from diffboost.data.duplicates import find_duplicates, group_cases, is_too_large
+from diffboost.data.duplicates import find_duplicates, is_too_large
 from diffboost.data.loading import CaseDataset, LoadedCase
 from diffboost.data.slices import (
     INDEX_COLUMNS,
@@ -25,7 +25,7 @@ from diffboost.data.slices import (
     write_label,
 )
 from diffboost.data.sources import Case, Source
-from diffboost.data.splits import assign_folds
+from diffboost.data.splits import assign_folds, group_cases
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from diffboost.audit.guards import (
+from diffboost.audit.checks import (
     KINDS,
     Leak,
     lineage_leaks,
@@ -21,14 +21,10 @@ from diffboost.audit.guards import (
     split_leaks,
     variant_leaks,
 )
-from diffboost.data.duplicates import (
-    NEAR_DUPLICATE,
-    find_duplicates,
-    group_cases,
-    is_too_large,
-)
+from diffboost.data.comparison import NEAR_DUPLICATE
+from diffboost.data.duplicates import PAIR_COLUMNS, find_duplicates, is_too_large
 from diffboost.data.slices import SliceStore, read_store, sha256_of_files
-from diffboost.data.splits import select
+from diffboost.data.splits import group_cases, select
 from diffboost.generation.lineage import read_lineage
 from diffboost.handlers import write_aside
 
@@ -120,7 +116,7 @@ def _search(store: SliceStore, index: pd.DataFrame) -> pd.DataFrame:
             index.case.nunique(),
             len(index),
         )
-        return pd.DataFrame(columns=["case", "slice", "other", "other_slice", "likeness", "kind"])
+        return pd.DataFrame(columns=list(PAIR_COLUMNS))
     paths = [store.image_path(row) for _, row in index[["image", "image_root"]].iterrows()]
     # A case whose rows stand in several places is one for the search.
     order = index.reset_index(drop=True).sort_values(["case", "slice"], kind="stable").index

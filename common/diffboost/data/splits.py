@@ -79,6 +79,28 @@ def _fill_folds(members: Mapping[str, list[str]], num_folds: int, seed: int) -> 
     return folds
 
 
+def group_cases(cases: Iterable[str], pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The group of every case: the first name of all that pairs join, directly or by others.
+
+    Args:
+        cases: names of cases.
+        pairs: names that belong together.
+
+    Source: engineering choice.
+    """
+    group = {case: case for case in cases}
+
+    def root(case: str) -> str:
+        while group[case] != case:
+            case = group[case]
+        return case
+
+    for first, second in pairs:
+        low, high = sorted((root(first), root(second)))
+        group[high] = low
+    return {case: root(case) for case in group}
+
+
 def select(
     index: pd.DataFrame,
     fold: int,
