@@ -28,6 +28,8 @@ SEARCH_PX, SEARCH_BAND = 32, (0.7, 3.0)
 MEASURE_PX, MEASURE_BAND = 64, (0.7, 3.0)
 LOADED_PX = 96
 NUM_CANDIDATES = 24  # cases that are aligned coarsely, for each case, from two starts
+NUM_UPRIGHT = 32  # more of them, of those that look alike as they are: images of one sweep do
+UPRIGHT = (0, 1, 23)  # ways of turning by 0, 15 and -15 degrees, not mirrored
 NUM_MEASURED = 6  # fine alignments for each case; slices of volumes take 3, with their neighbors …
 CLEAR, MOST_MEASURED = 0.8, 8  # … and those of more cases, if their coarse correlation is clear
 NUM_COMMON = 60  # components that a data set has in common, at most one for every so many slices:
@@ -143,14 +145,27 @@ class SliceComparison:
         candidates = []
         for case, row in enumerate(tqdm(self.shown, "search", unit="case")):
             scores, turns = (values.numpy() for values in search.find(row))
-            best = np.maximum.reduceat(scores.max(axis=0), self.starts)
-            best[case] = -np.inf
-            for other in np.argsort(-best, kind="stable")[: min(NUM_CANDIDATES, len(best) - 1)]:
-                start, end = self.starts[other], self.starts[other] + self.counts[other]
-                for way, place in _two_best(scores[:, start:end]):
-                    map_ = search.maps[turns[way, start + place]]
-                    candidates.append((start + place, row, map_))
+            upright = scores[list(UPRIGHT)]
+            starts = [
+                (way, place)
+                for other in self._best_cases(scores, case, NUM_CANDIDATES)
+                for way, place in _two_best(scores[:, other], other.start)
+            ] + [
+                (UPRIGHT[way], place)
+                for other in self._best_cases(upright, case, NUM_UPRIGHT)
+                for way, place in _two_best(upright[:, other], other.start)[:1]
+            ]
+            candidates += [
+                (place, row, search.maps[turns[way, place]]) for way, place in dict.fromkeys(starts)
+            ]
         return candidates
+
+    def _best_cases(self, scores: np.ndarray, case: int, count: int) -> Iterable[slice]:
+        """The rows of each other case with one of the best scores; scores are (ways, slices)."""
+        best = np.maximum.reduceat(scores.max(axis=0), self.starts)
+        best[case] = -np.inf
+        for other in np.argsort(-best, kind="stable")[: min(count, len(best) - 1)]:
+            yield slice(self.starts[other], self.starts[other] + self.counts[other])
 
     def _align_coarsely(self, candidates: list[tuple]) -> list[tuple]:
         """The candidates that stand out for their slice after alignment of coarse textures."""
@@ -246,12 +261,16 @@ class SliceComparison:
         return pairs
 
 
-def _two_best(scores: np.ndarray) -> list[tuple[int, int]]:
-    """The highest of the scores (ways, slices), and the highest at another way or far from it."""
+def _two_best(scores: np.ndarray, first: int) -> list[tuple[int, int]]:
+    """Way and row of the highest of scores (ways, slices), and of the highest far from it.
+
+    ``first`` is the row of the first slice.
+    """
     way, place = np.unravel_index(scores.argmax(), scores.shape)
     rest = scores.copy()
     rest[way, max(0, place - 2) : place + 3] = -np.inf
-    return [(way, place), np.unravel_index(rest.argmax(), rest.shape)]
+    other_way, other_place = np.unravel_index(rest.argmax(), rest.shape)
+    return [(int(way), first + int(place)), (int(other_way), first + int(other_place))]
 
 
 def _batches(items: list, shown: str | None = None) -> Iterable[list]:
