@@ -1,1 +1,1 @@
-"""Checks of what was generated: fidelity to the edges."""
+"""Audits: fidelity, leaks; what a clinical team checks before it trusts variants."""
