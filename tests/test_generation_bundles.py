@@ -107,7 +107,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_finetune_writes_weights_lineage_and_log(folder, generator):
     names = {path.name for path in generator.iterdir()}
-    assert names == {"model.pt", "lineage.json", "training_log.csv", "run.json"}
+    assert names == {"model.pt", "lineage.json", "training_log.csv", "timing.csv", "run.json"}
     log = pd.read_csv(generator / "training_log.csv")
     assert list(log.epoch) == [1, 2] and np.isfinite(log.train_loss).all()
     lineage = json.loads((generator / "lineage.json").read_text())

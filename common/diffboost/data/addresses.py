@@ -103,6 +103,7 @@ class AddressedSampler(Sampler[tuple[int, int]]):
         self.batch_size = batch_size
         self.drop_last = drop_last
         self.epoch = 0
+        self.steps_done = 0
         self.rank, self.num_processes = process_rank_and_count()
         if len(self) == 0:
             raise ValueError(
@@ -121,8 +122,16 @@ class AddressedSampler(Sampler[tuple[int, int]]):
             generator = np.random.RandomState(address_seed(self.seed, self.epoch, "order"))
             order = generator.permutation(len(order))
         epoch, self.epoch = self.epoch, self.epoch + 1
-        for index in self._share(order):
+        done, self.steps_done = self.steps_done * self.batch_size, 0
+        for index in self._share(order)[done:]:
             yield (epoch, int(index))
+
+    def go_on(self, epoch: int, steps_done: int) -> None:
+        """Begins with the given epoch, from 0, behind its first steps; for a run that was stopped.
+
+        Source: engineering choice (issue 5, "Exact resume, every stage").
+        """
+        self.epoch, self.steps_done = epoch, steps_done
 
     def _share(self, order: np.ndarray) -> np.ndarray:
         """This process's part of an epoch's order."""

@@ -1,8 +1,7 @@
 """The slice store: a folder of slices, labels and edges with an index; read, written, listed."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffboost.data.items import SliceItems
 from diffboost.data.splits import needs_names, select
+from diffboost.files import sha256_of_files  # noqa: F401
 
 STORE_VERSION = 3
 INDEX_COLUMNS = (
@@ -140,22 +140,6 @@ def write_edge(path: str | Path, edge: np.ndarray) -> None:
     """
     levels = np.round(np.clip(edge, 0, 1) * 255).astype(np.uint8)
     Image.fromarray(levels).save(path, format="PNG")
-
-
-def sha256_of_files(paths: Iterable[str | Path]) -> str:
-    """Hash of the files' contents, one after the other, as 64 hexadecimal digits.
-
-    Args:
-        paths: files to read.
-
-    Source: engineering choice.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def slice_items(

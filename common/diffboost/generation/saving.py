@@ -8,6 +8,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 from tqdm import tqdm
 
+from diffboost.checkpoints import announce
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import read_store
 from diffboost.generation.backbones import (
@@ -18,7 +19,8 @@ from diffboost.generation.backbones import (
 )
 from diffboost.generation.lineage import hash_cases, read_lineage, write_lineage
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
-from diffboost.handlers import is_main_process, save_weights, wait_for_processes
+from diffboost.handlers import save_weights
+from diffboost.processes import is_main_process, wait_for_processes
 
 
 def trace_lineage(
@@ -66,38 +68,40 @@ class AveragedWeightsSaver:
     """Keeps an exponential moving average of the trained weights and saves it with its lineage.
 
     Writes ``model.pt`` (averaged, plain state dict) and ``lineage.json`` (with its table, if the
-    cases are many) into ``output_dir`` every ``interval`` epochs and at the end.
+    cases are many) into ``output_dir`` at the end. The average is a part of the checkpoints.
 
     Args:
         network: the network in training; its parameters that require gradients are averaged.
         output_dir: folder for the two files.
         lineage: see :func:`trace_lineage`.
         decay: of the average; it warms up as (1 + step) / (10 + step). 0 keeps the last weights.
-        interval: epochs between two files.
 
     Source: diffusers' EMAModel; the released code has no average (facts 3).
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        output_dir: str,
-        lineage: dict,
-        decay: float = 0.999,
-        interval: int = 10,
+        self, network: nn.Module, output_dir: str, lineage: dict, decay: float = 0.999
     ) -> None:
         self.network = network
         self.output_dir = Path(output_dir)
         self.lineage = lineage
-        self.interval = interval
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.average = EMAModel(self.parameters, decay=decay, foreach=True)
 
     def attach(self, engine: Engine) -> None:
         """Listen to the trainer."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
-        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self._save)
         engine.add_event_handler(Events.COMPLETED, self._save)
+        announce(engine, "average", self)
+
+    def state_dict(self) -> dict:
+        """The average and its count of steps."""
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what ``state_dict`` gave, to the device of the network."""
+        self.average.load_state_dict(state)
+        self.average.to(self.parameters[0].device)
 
     def _update(self, engine: Engine) -> None:
         self.average.step(self.parameters)

@@ -14,6 +14,7 @@ from monai.data import MetaTensor, NibabelWriter
 from monai.data.utils import affine_to_spacing
 from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd
 
+from diffboost.checkpoints import announce
 from diffboost.data.slices import read_store, write_label
 from diffboost.data.tasks import AXCODES, read_task
 from diffboost.data.transforms import MapLabelsd, case_preprocessing
@@ -51,9 +52,22 @@ class CaseDice(Metric):
         self.num_classes = num_classes
         super().__init__()
 
+    def attach(self, engine: Engine, name: str, *args, **kwargs) -> None:
+        """Listens to an engine; the counts so far are a part of its checkpoints."""
+        super().attach(engine, name, *args, **kwargs)
+        announce(engine, name, self)
+
     def reset(self) -> None:
         """Forgets all cases."""
         self.counts: dict[object, torch.Tensor] = {}
+
+    def state_dict(self) -> dict:
+        """The counts of all processes by case."""
+        return {"counts": self._joint_counts()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what ``state_dict`` gave; the first process keeps it for all."""
+        self.counts = dict(state["counts"]) if is_main_process() else {}
 
     def iteration_completed(self, engine: Engine) -> None:
         """Hands batch and output to ``update``; ignite's own would hand over the output alone."""
@@ -78,10 +92,7 @@ class CaseDice(Metric):
 
     def compute(self) -> float:
         """The mean Dice in [0, 1], the same on every process."""
-        counts: dict[object, torch.Tensor] = {}
-        for share in gather_objects(self.counts):
-            for name, matrix in share.items():
-                counts[name] = counts.get(name, 0) + matrix
+        counts = self._joint_counts()
         dice = []
         for name in sorted(counts, key=str):
             matrix = counts[name]
@@ -89,6 +100,14 @@ class CaseDice(Metric):
             total = (matrix.sum(0) + matrix.sum(1))[1:].double()
             dice.append(torch.where(total > 0, 2 * both / total, 1.0))
         return float(torch.stack(dice).mean())
+
+    def _joint_counts(self) -> dict[object, torch.Tensor]:
+        """Counts by case, summed over the processes."""
+        counts: dict[object, torch.Tensor] = {}
+        for share in gather_objects(self.counts):
+            for name, matrix in share.items():
+                counts[name] = counts.get(name, 0) + matrix
+        return counts
 
 
 def source_preprocessing(store_dir: str) -> Compose:

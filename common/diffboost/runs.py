@@ -1,0 +1,287 @@
+"""The folder of a run: held by one process, taken up when it was stopped, put in place when whole.
+
+A run writes into ``<output_dir>.partial``. What it is stands in run.json, there and, in the end, in
+``output_dir``.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from ignite.engine import Engine, Events
+from monai.engines import Trainer
+
+from diffboost.checkpoints import Checkpoints
+from diffboost.files import flush, flush_folder, sha256_of_files, write_json
+from diffboost.processes import is_main_process, wait_for_processes
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run.json"
+FINISHED = "finished.json"  # in a partial folder: all is there, and where it belongs
+CHECKPOINTS = "checkpoints"
+IDENTITY = ("dataset.json", "index.parquet", "manifest.parquet", "model.pt", "lineage.json")
+
+_held: dict[Path, TextIO] = {}
+
+
+def hold_folder(folder: str | Path) -> None:
+    """Makes this process the only one that writes into a folder, until it ends or lets go.
+
+    The lock is the system's, on a file beside the folder: it goes with the process, however that
+    ends, and children that the process leaves behind do not keep it.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        BlockingIOError: another process holds it; says which.
+
+    Source: engineering choice (issue 5, "a lock that survives a crash").
+    """
+    folder = Path(folder).absolute()
+    if folder in _held:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _lock_of(folder)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise BlockingIOError(
+            error.errno, f"{holder} is writing into it; wait, or name another folder", str(folder)
+        ) from error
+    if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+        file.close()  # its holder let go, and removed it, between our two steps
+        return hold_folder(folder)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _held[folder] = file
+
+
+def release_folder(folder: str | Path) -> None:
+    """Lets go of a folder that this process holds, if it does; the lock's file is removed.
+
+    Source: engineering choice.
+    """
+    folder = Path(folder).absolute()
+    file = _held.pop(folder, None)
+    if file is not None:
+        _lock_of(folder).unlink(missing_ok=True)
+        file.close()
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".lock")
+
+
+def hash_inputs(**inputs: str | None) -> dict[str, str]:
+    """Hashes of what a run starts from, so that its run.json tells other contents of the same path.
+
+    Args:
+        inputs: a file, or a folder by its files that tell the rest (a store's header and index, a
+            synthetic store's manifest, a model); None is left out.
+
+    Source: engineering choice.
+    """
+    hashes = {}
+    for name, value in inputs.items():
+        if value is not None and Path(value).exists():
+            path = Path(value)
+            files = [path] if path.is_file() else [path / part for part in IDENTITY]
+            hashes[name] = sha256_of_files(file for file in files if file.is_file())
+    return hashes
+
+
+def refuse_other_run(output_dir: str | Path, settings: Mapping) -> None:
+    """Refuse an output folder that holds a run of other settings.
+
+    Args:
+        output_dir: the folder.
+        settings: what the new run is; compared with the folder's ``run.json``.
+
+    Raises:
+        ValueError: the folder holds another run; the differing settings are named.
+
+    Source: engineering choice (design, "Failure").
+    """
+    record = Path(output_dir) / RECORD
+    if not record.is_file():
+        return
+    found = json.loads(record.read_text(encoding="utf-8"))
+    names = ", ".join(
+        f"{key} {found.get(key)!r} instead of {value!r}"
+        for key, value in json.loads(json.dumps(dict(settings), default=str)).items()
+        if found.get(key) != value
+    )
+    if names:
+        raise ValueError(
+            f"output_dir: {output_dir} holds another run ({names}); "
+            "name another folder, or remove this one"
+        )
+
+
+def resume_run(partial_dir: str | Path, settings: Mapping) -> None:
+    """Hold a partial folder: a new one, or that of a stopped run of the same settings.
+
+    A run that was stopped while its files were moved into place is moved to the end first.
+
+    Args:
+        partial_dir: where the run writes; what lies there without a ``run.json`` is removed.
+        settings: what the run is; written into the folder's ``run.json``.
+
+    Raises:
+        ValueError: the folder holds an interrupted run of other settings.
+        BlockingIOError: another process is writing into it.
+
+    Source: engineering choice (design, "Failure").
+    """
+    partial_dir = Path(partial_dir)
+    if is_main_process():
+        hold_folder(partial_dir)
+        if (partial_dir / FINISHED).is_file():
+            _move(partial_dir)
+        refuse_other_run(partial_dir, settings)
+        if not (partial_dir / RECORD).is_file():
+            shutil.rmtree(partial_dir, ignore_errors=True)
+            write_json(partial_dir / RECORD, settings)
+    wait_for_processes()
+
+
+def move_into_place(partial_dir: str | Path, output_dir: str | Path, settings: Mapping) -> None:
+    """Move a finished run's files from its partial folder into place, ``run.json`` last.
+
+    Checkpoints are removed. A kill at any moment loses nothing: the next ``resume_run`` ends it.
+
+    Args:
+        partial_dir: where the run wrote; it is gone afterwards.
+        output_dir: where the files belong; files of the same name are replaced.
+        settings: what the run is.
+
+    The first process moves while the others wait, so that all find the files in place afterwards.
+
+    Source: engineering choice (design, "Failure").
+    """
+    if is_main_process():
+        partial_dir = Path(partial_dir)
+        write_json(partial_dir / RECORD, settings)
+        flush_folder(partial_dir)
+        write_json(partial_dir / FINISHED, {"output_dir": str(Path(output_dir).absolute())})
+        _move(partial_dir)
+        release_folder(partial_dir)
+    wait_for_processes()
+
+
+def _move(partial_dir: Path) -> None:
+    """Empties a finished partial folder into the folder that it names."""
+    marker = partial_dir / FINISHED
+    output_dir = Path(json.loads(marker.read_text(encoding="utf-8"))["output_dir"])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial_dir / CHECKPOINTS, ignore_errors=True)
+    names = sorted(path.name for path in partial_dir.iterdir())
+    names = [name for name in names if name not in (FINISHED, RECORD)] + [RECORD]
+    for name in names:
+        source, target = partial_dir / name, output_dir / name
+        if not source.exists():  # the record, moved by a run that was stopped here
+            continue
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(source, target)
+    flush(output_dir)
+    marker.unlink()
+    partial_dir.rmdir()
+
+
+class MoveIntoPlace:
+    """Refuses another run's output folder at the start and moves a finished run there at the end.
+
+    Args:
+        partial_dir: where the other handlers write.
+        output_dir: where their files belong.
+        settings: what the run is, see :func:`refuse_other_run`.
+
+    Source: engineering choice (design, "Failure").
+    """
+
+    def __init__(self, partial_dir: str, output_dir: str, settings: Mapping) -> None:
+        self.partial_dir = partial_dir
+        self.output_dir = output_dir
+        self.settings = settings
+
+    def attach(self, engine: Engine) -> None:
+        """Listen to the trainer's start and end; stand last in the list of handlers."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(
+            Events.COMPLETED,
+            lambda: move_into_place(self.partial_dir, self.output_dir, self.settings),
+        )
+
+    def _begin(self) -> None:
+        """Refuses another run; makes the partial folder anew when an engine runs a second time."""
+        refuse_other_run(self.output_dir, self.settings)
+        Path(self.partial_dir).mkdir(parents=True, exist_ok=True)
+
+
+def run_to_end(
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    partial_dir: str,
+    output_dir: str,
+    settings: Mapping,
+) -> None:
+    """Trains: from the start, from where a stopped run was, or not at all if all is in place.
+
+    ``resume_run`` stands before it in a config's run list, ``MoveIntoPlace`` among the handlers.
+
+    Args:
+        trainer: MONAI's trainer, whose loader has an ``AddressedSampler``.
+        checkpoints: those of this run.
+        partial_dir: where the run writes.
+        output_dir: where its files belong.
+        settings: what the run is.
+
+    Raises:
+        FloatingPointError: the loss diverged.
+        SystemExit: SIGTERM, behind a checkpoint.
+
+    Source: engineering choice (issue 5, "Exact resume, every stage").
+    """
+    wanted = json.loads(json.dumps(dict(settings), default=str))
+    record = Path(output_dir) / RECORD
+    done = record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted
+    wait_for_processes()  # all have looked
+    if done and not (Path(partial_dir) / CHECKPOINTS).is_dir():
+        logger.info("%s: this run is in place already; remove it to train again", output_dir)
+        if is_main_process():
+            shutil.rmtree(partial_dir)
+            release_folder(partial_dir)
+        return
+    checkpoints.attach(trainer)
+    with _told_to_stop(checkpoints):
+        trainer.run()
+
+
+@contextmanager
+def _told_to_stop(checkpoints: Checkpoints) -> Iterator[None]:
+    """SIGTERM goes to the checkpoints while a run lasts; only a main thread can listen."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, checkpoints.stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
