@@ -24,7 +24,7 @@ from diffboost.generation.objective import (
 )
 from diffboost.generation.sampling import VariantInferer, load_scheduler, variant_noise
 from diffboost.generation.text import embed_prompts, mix_embeddings
-from diffboost.precision import AutocastInferer
+from diffboost.precision import AutocastInferer, choose_bfloat16
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +312,12 @@ def test_autocast_runs_in_bfloat16_and_gives_float32():
     rounded = AutocastInferer(amp=True)(image, network)
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, plain)
     torch.testing.assert_close(rounded, plain, atol=0.05, rtol=0.05)
+
+
+def test_bfloat16_is_chosen_where_the_processor_is_made_for_it(monkeypatch):
+    assert choose_bfloat16(True, "cpu") is True and choose_bfloat16(False, "cpu") is False
+    for capability, chosen in (("AVX512", True), ("AVX2", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda it=capability: it)
+        assert choose_bfloat16("auto", "cpu") is chosen
+    with pytest.raises(ValueError, match="amp: 'fast' is not known; allowed: true, false, auto"):
+        choose_bfloat16("fast", "cpu")

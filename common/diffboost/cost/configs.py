@@ -44,5 +44,5 @@ def float32_kind(parser: ConfigParser) -> str:
 
 
 def amp_precision(parser: ConfigParser) -> str:
-    """What a segmenter's multiplications run in, by its knob ``amp``."""
-    return "bfloat16" if value(parser, "amp", False) else "float32"
+    """What a segmenter's multiplications run in, by its knob ``amp``; auto as on this machine."""
+    return "bfloat16" if value(parser, "bfloat16", False) else "float32"

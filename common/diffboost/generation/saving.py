@@ -11,6 +11,7 @@ from tqdm import tqdm
 from diffboost.checkpoints import announce
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import read_store
+from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import (
     backbone_sha256,
     load_part,
@@ -137,11 +138,18 @@ def export_autoencoder(
         lineage: what the autoencoder has seen.
         num_images: images measured, evenly spread over the data set.
 
-    The first process writes, the others wait.
+    The first process writes, the others wait. What was written from these weights is left as it is.
+
+    Raises:
+        FileExistsError: ``output_dir`` holds another backbone.
 
     Source: latent diffusion (scale = 1 / standard deviation of the latents).
     """
-    if not is_main_process():
+    lineage = {**lineage, "weights_sha256": sha256_of_files([weights])}
+    record = Path(output_dir) / "lineage.json"
+    there = record.is_file() and read_lineage(record).get("weights_sha256")
+    wait_for_processes()  # all have looked
+    if not is_main_process() or there == lineage["weights_sha256"]:
         wait_for_processes()
         return Path(output_dir)
     network = getattr(network, "module", network)
