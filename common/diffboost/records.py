@@ -1,12 +1,16 @@
-"""Notes of what is done in a partial folder: a file a case, written after the case's own files."""
+"""What is done in a partial folder: notes, a file a case, and what is said when the work stops."""
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from diffboost.data.slices import sha256_of_files
 from diffboost.handlers import write_aside
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "done"  # in the partial folder; never in a finished one
 
@@ -21,6 +25,26 @@ def state_of(paths: Iterable[str | Path]) -> list[list]:
     """
     states = ((str(path), Path(path).stat()) for path in paths)
     return [[path, state.st_size, state.st_mtime_ns] for path, state in states]
+
+
+@contextmanager
+def same_command_goes_on(partial_dir: str | Path) -> Iterator[None]:
+    """Says where work stopped that the same command goes on with, whatever stops it.
+
+    An error of the system that names no file, such as a full disk, gets the folder's name.
+
+    Args:
+        partial_dir: the folder that the work fills.
+
+    Source: engineering choice (design, "Failure").
+    """
+    try:
+        yield
+    except BaseException as error:
+        logger.warning("%s keeps what is done; the same command goes on", partial_dir)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(partial_dir)) from error
+        raise
 
 
 class DoneCases:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from diffboost.data.slices import STORE_VERSION, read_store
 from diffboost.handlers import write_aside
-from diffboost.records import FOLDER
+from diffboost.records import FOLDER, same_command_goes_on
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,7 @@ def kept_for_the_next_run(partial_dir: Path) -> Iterator[None]:
     """Keeps a partial folder whatever stops the work in it, and says so.
 
     After an error of data or parameters (ValueError) nothing stands in the way of a corrected
-    command: the folder is removed if no case or edge is done, else marked as one that failed. An
-    error of the system that names no file, such as a full disk, gets the folder's name.
+    command: the folder is marked as one that failed, or removed if no case or edge is done.
 
     Args:
         partial_dir: the folder, see :func:`open_partial`.
@@ -104,18 +103,13 @@ def kept_for_the_next_run(partial_dir: Path) -> Iterator[None]:
     Source: engineering choice (design, "Failure").
     """
     try:
-        yield
+        with same_command_goes_on(partial_dir):
+            yield
     except ValueError as error:
         if _has_results(partial_dir):
             _write_record(partial_dir, _read_record(partial_dir) | {FAILURE: str(error)})
-            logger.warning("%s keeps the cases that are done for the next run", partial_dir)
         else:
             shutil.rmtree(partial_dir)
-        raise
-    except BaseException as error:
-        logger.warning("%s keeps what is done; run the same again to go on", partial_dir)
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(partial_dir)) from error
         raise
 
 
