@@ -29,9 +29,10 @@ def state_of(paths: Iterable[str | Path]) -> list[list]:
 
 @contextmanager
 def same_command_goes_on(partial_dir: str | Path) -> Iterator[None]:
-    """Says where work stopped that the same command goes on with, whatever stops it.
+    """Says where work stopped that the same command goes on with.
 
-    An error of the system that names no file, such as a full disk, gets the folder's name.
+    It does not after an error of data or parameters (ValueError). An error of the system that
+    names no file, such as a full disk, gets the folder's name.
 
     Args:
         partial_dir: the folder that the work fills.
@@ -41,7 +42,8 @@ def same_command_goes_on(partial_dir: str | Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        logger.warning("%s keeps what is done; the same command goes on", partial_dir)
+        if not isinstance(error, ValueError):
+            logger.warning("%s keeps what is done; the same command goes on", partial_dir)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             raise OSError(error.errno, error.strerror, str(partial_dir)) from error
         raise

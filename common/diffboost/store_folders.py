@@ -108,6 +108,7 @@ def kept_for_the_next_run(partial_dir: Path) -> Iterator[None]:
     except ValueError as error:
         if _has_results(partial_dir):
             _write_record(partial_dir, _read_record(partial_dir) | {FAILURE: str(error)})
+            logger.warning("%s keeps the good cases for the next run", partial_dir)
         else:
             shutil.rmtree(partial_dir)
         raise
