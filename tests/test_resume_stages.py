@@ -123,13 +123,14 @@ def test_prepare_goes_on_at_the_case_that_it_lacks(root, whole, monkeypatch, num
 
 @pytest.mark.parametrize(
     "module, function, left",
-    [(store_writer, "find_duplicates", "resumed.partial"), (store_folders, "shutil", "resumed")],
+    [
+        (store_writer, "find_duplicates", "resumed.partial"),
+        (store_folders, "_remove_records", "resumed"),
+    ],
 )
 def test_prepare_goes_on_after_its_cases(root, whole, monkeypatch, module, function, left):
     _stop_edges(monkeypatch, 4)
-    stop = Stop(None, 0)
-    stop.rmtree = stop
-    monkeypatch.setattr(module, function, stop)  # right after the renaming, where it is shutil
+    monkeypatch.setattr(module, function, Stop(None, 0))  # the second: right after the renaming
     with pytest.raises(KeyboardInterrupt):
         _prepare(root, "resumed")
     monkeypatch.undo()

@@ -17,13 +17,7 @@ from diffboost.data.sources import Case, read_source
 from diffboost.data.splits import assign_folds
 from diffboost.data.tasks import change_task, read_task
 from diffboost.processes import is_main_process, wait_for_processes
-from diffboost.store_folders import (
-    in_place,
-    kept_for_the_next_run,
-    move_store,
-    open_partial,
-    partial_of,
-)
+from diffboost.store_folders import in_place, move_store, partial_store
 from diffboost.store_writer import StoreWriter
 from diffboost.tree_writer import TreeWriter
 
@@ -99,7 +93,8 @@ def prepare(
 
     Raises:
         FileNotFoundError: no such data folder, task or edge weights.
-        FileExistsError: ``store_dir`` holds something else.
+        FileExistsError: ``store_dir`` holds something else, or its partial folder does.
+        BlockingIOError: another process is writing it.
         ValueError: wrong data or parameters, fewer cases than folds, or too many rejected files.
 
     Source: DiffBoost Sec. 3.2, 3.3; engineering choice (design, "Slice store").
@@ -187,9 +182,8 @@ def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping
     """Writes a store of labelled cases, in this process; goes on with one that was interrupted."""
     choice = wanted["preprocessing"]
     detector = load_edge_detector(choice["edges"], edges[0], choice["hed_size_px"], edges[1])
-    partial_dir = partial_of(store_dir)
-    open_partial(store_dir, {**wanted, "weights": detector.weights_sha256})
-    with kept_for_the_next_run(partial_dir):
+    weights = {"weights": detector.weights_sha256}
+    with partial_store(store_dir, {**wanted, **weights}) as partial_dir:
         root = partial_dir / wanted["source_dir"]
         _make_phantoms(root, wanted)
         source = read_source(root, wanted["task"])
@@ -206,12 +200,10 @@ def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping
 def _write_tree(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping) -> None:
     """Writes a tree's store together with all processes; goes on with one that was interrupted."""
     detector = _load_detector(wanted, *edges)
-    partial_dir = partial_of(store_dir)
-    root = partial_dir / wanted["source_dir"]
-    writer = TreeWriter(partial_dir, root, wanted, detector)
-    if is_main_process():
-        open_partial(store_dir, {**wanted, "weights": detector.weights_sha256})
-    with kept_for_the_next_run(partial_dir):
+    weights = {"weights": detector.weights_sha256}
+    with partial_store(store_dir, {**wanted, **weights}) as partial_dir:
+        root = partial_dir / wanted["source_dir"]
+        writer = TreeWriter(partial_dir, root, wanted, detector)
         if is_main_process():
             _make_phantoms(root, wanted)
             writer.write_index(**limits)

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from diffboost.data.slices import sha256_of_files
-from diffboost.handlers import write_aside
+from diffboost.files import sha256_of_files, write_aside
 
 logger = logging.getLogger(__name__)
 

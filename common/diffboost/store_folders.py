@@ -5,12 +5,13 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from diffboost.data.slices import STORE_VERSION, read_store
-from diffboost.handlers import write_aside
+from diffboost.files import write_json
+from diffboost.processes import is_main_process
 from diffboost.records import FOLDER, same_command_goes_on
+from diffboost.runs import hold_folder, release_folder
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +52,43 @@ def in_place(store_dir: Path, wanted: Mapping) -> bool:
     return True
 
 
-def partial_of(store_dir: Path) -> Path:
-    """Where a store is written until it is whole."""
-    return store_dir.with_name(store_dir.name + ".partial")
-
-
-def open_partial(store_dir: Path, wanted: Mapping) -> None:
-    """Makes the partial folder of a store, or accepts one that an interrupted run of it left.
+@contextmanager
+def partial_store(store_dir: Path, wanted: Mapping) -> Iterator[Path]:
+    """The partial folder of a store, held by this run: a new one, or one of a run that was stopped.
 
     One of other parameters is begun anew if no case or edge of it is done, or if the run that left
-    it failed because of its data or parameters; that is logged.
+    it failed because of its data or parameters; that is logged. Whatever stops the work, what is
+    done is kept for the same command. After an error of data or parameters (ValueError) nothing
+    stands in the way of a corrected command: the folder is marked as one that failed, or removed if
+    no case or edge is done.
 
     Args:
         store_dir: where the store belongs.
         wanted: task, parameters and hash of the edges' weights; kept in the folder.
 
     Raises:
-        FileExistsError: an interrupted run with other parameters left it; what differs is named.
+        FileExistsError: a stopped run with other parameters left it; what differs is named.
+        BlockingIOError: another process is writing into it.
 
     Source: engineering choice (issue 5, "Exact resume, every stage").
     """
-    wanted = json.loads(json.dumps({**wanted, "store_version": STORE_VERSION}))
-    partial_dir = partial_of(store_dir)
+    partial_dir = store_dir.with_name(store_dir.name + ".partial")
+    try:
+        if is_main_process():
+            hold_folder(partial_dir)
+            _open(partial_dir, json.loads(json.dumps({**wanted, "store_version": STORE_VERSION})))
+        with same_command_goes_on(partial_dir):
+            yield partial_dir
+    except ValueError as error:
+        if is_main_process():
+            _mark_failed(partial_dir, str(error))
+        raise
+    finally:
+        release_folder(partial_dir)
+
+
+def _open(partial_dir: Path, wanted: dict) -> None:
+    """Accepts, empties or refuses what lies in a partial folder."""
     found = _read_record(partial_dir)
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if not different:
@@ -84,34 +100,20 @@ def open_partial(store_dir: Path, wanted: Mapping) -> None:
             f"({first}: {found.get(first)} there, {wanted[first]} asked for); finish that one, "
             "remove it, or choose a new folder"
         )
-    elif partial_dir.exists():
-        logger.warning("removing %s, left by a run of another kind", partial_dir)
+    else:
+        if any(partial_dir.iterdir()):
+            logger.warning("emptying %s, left by a run of another kind", partial_dir)
         shutil.rmtree(partial_dir)
-    _write_record(partial_dir, wanted)
+    write_json(partial_dir / RECORD, wanted)
 
 
-@contextmanager
-def kept_for_the_next_run(partial_dir: Path) -> Iterator[None]:
-    """Keeps a partial folder whatever stops the work in it, and says so.
-
-    After an error of data or parameters (ValueError) nothing stands in the way of a corrected
-    command: the folder is marked as one that failed, or removed if no case or edge is done.
-
-    Args:
-        partial_dir: the folder, see :func:`open_partial`.
-
-    Source: engineering choice (design, "Failure").
-    """
-    try:
-        with same_command_goes_on(partial_dir):
-            yield
-    except ValueError as error:
-        if _has_results(partial_dir):
-            _write_record(partial_dir, _read_record(partial_dir) | {FAILURE: str(error)})
-            logger.warning("%s keeps the good cases for the next run", partial_dir)
-        else:
-            shutil.rmtree(partial_dir)
-        raise
+def _mark_failed(partial_dir: Path, message: str) -> None:
+    """Keeps what is done for the next run, whatever its parameters, or removes an empty folder."""
+    if _has_results(partial_dir):
+        write_json(partial_dir / RECORD, _read_record(partial_dir) | {FAILURE: message})
+        logger.warning("%s keeps what is good for the next run", partial_dir)
+    else:
+        shutil.rmtree(partial_dir)
 
 
 def move_store(partial_dir: Path, store_dir: Path) -> None:
@@ -138,11 +140,6 @@ def _read_record(partial_dir: Path) -> dict:
     """What the folder will be; empty if it does not say."""
     path = partial_dir / RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _write_record(partial_dir: Path, record: Mapping) -> None:
-    text = json.dumps(record, indent=1) + "\n"
-    write_aside(partial_dir / RECORD, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def _remove_records(store_dir: Path) -> None:

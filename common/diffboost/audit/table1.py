@@ -21,11 +21,11 @@ from diffboost.audit.image_quality import (
 from diffboost.data.addresses import ProcessBatches, address_seed
 from diffboost.data.slices import read_store, sha256_of_files, slice_items, write_image
 from diffboost.data.transforms import LoadSliced
+from diffboost.files import write_aside
 from diffboost.generation.backbones import backbone_sha256, has_part, resolve_backbone
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.pix2pix import load_translator
 from diffboost.generation.synthesis import read_generator
-from diffboost.handlers import write_aside
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.records import same_command_goes_on
 

@@ -28,7 +28,7 @@ from diffboost.data.scanners import (
     paint,
     us,
 )
-from diffboost.handlers import write_aside
+from diffboost.files import write_aside
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffboost.handlers import write_aside
+from diffboost.files import write_aside
 
 DONE = "done_batches_of_"  # name of the note, before the batch's size
 

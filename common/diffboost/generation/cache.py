@@ -25,6 +25,7 @@ from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
 from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
 from diffboost.records import same_command_goes_on
+from diffboost.runs import hold_folder, release_folder
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def build_cache(
     Raises:
         ValueError: ``num_copies`` and ``jitter`` contradict each other.
         OSError: there is no room for the files, or they cannot be written.
+        BlockingIOError: another run is building it.
 
     Source: engineering choice (``reference/performance_facts.md`` 3.3); jitter as in facts 8.
     """
@@ -151,6 +153,7 @@ def build_cache(
     done = DoneBatches(partial_dir, len(pictures), batch_size)
     with same_command_goes_on(partial_dir):
         if is_main_process():
+            hold_folder(partial_dir)
             _open(partial_dir, done, data, backbone, pictures)
         wait_for_processes()
         _fill(partial_dir, done, pictures)
@@ -158,6 +161,7 @@ def build_cache(
         if is_main_process():
             partial_dir.rename(folder)
             _drop_notes(folder)
+            release_folder(partial_dir)
             logger.info("cached %d slices x %d copies in %s", len(data), num_copies, folder)
         wait_for_processes()
     return CachedItems(folder)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffboost.data.slices import read_store, sha256_of_files
-from diffboost.handlers import write_aside
+from diffboost.data.slices import read_store
+from diffboost.files import sha256_of_files, write_aside, write_json
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.records import DoneCases, same_command_goes_on, state_of
+from diffboost.runs import hold_folder, release_folder
 
 SETTINGS = "settings.json"
 TABLE = "metrics.csv"
@@ -37,6 +38,7 @@ def open_evaluation(
 
     Raises:
         FileNotFoundError: no such store or model.
+        BlockingIOError: another process is writing into the folder.
 
     Source: engineering choice (issue 5, "Exact resume, every stage").
     """
@@ -49,19 +51,21 @@ def open_evaluation(
             ),
             **settings,
         }
-        _open(Path(partial_dir), json.dumps(wanted, indent=1) + "\n")
+        hold_folder(partial_dir)
+        _open(Path(partial_dir), json.loads(json.dumps(wanted)))
     wait_for_processes()
 
 
-def _open(folder: Path, wanted: str) -> None:
+def _open(folder: Path, wanted: dict) -> None:
     record = folder / SETTINGS
-    if record.is_file() and record.read_text(encoding="utf-8") == wanted:
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    if found == wanted:
         logger.info("%s: going on with what an interrupted run left", folder)
         return
-    if folder.exists():
+    if found is not None:
         logger.warning("removing %s, results of another model, store or other knobs", folder)
-        shutil.rmtree(folder)
-    write_aside(record, partial(Path.write_text, data=wanted, encoding="utf-8"))
+    shutil.rmtree(folder)
+    write_json(record, wanted)
 
 
 def origin_of(item: Mapping) -> list:
@@ -112,6 +116,7 @@ def write_scores(data: Sequence[dict], partial_dir: str, output_dir: str) -> Non
     if is_main_process():
         with same_command_goes_on(partial_dir):
             _put_in_place(data, Path(partial_dir), Path(output_dir))
+        release_folder(partial_dir)
     wait_for_processes()
 
 

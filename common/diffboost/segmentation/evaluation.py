@@ -18,7 +18,7 @@ from diffboost.data.slices import read_store, write_label
 from diffboost.data.tasks import AXCODES, read_task
 from diffboost.data.transforms import MapLabelsd, case_preprocessing
 from diffboost.knobs import nearest
-from diffboost.processes import gather_objects, process_rank_and_count
+from diffboost.processes import gather_objects, is_main_process, process_rank_and_count
 from diffboost.records import DoneCases, same_command_goes_on
 from diffboost.segmentation.case_results import origin_of
 from diffboost.segmentation.metrics import case_metrics, check_rules
