@@ -6,7 +6,6 @@ import torch
 from monai.data import DataLoader
 from monai.transforms import Compose, RandGaussianNoised, RandScaleIntensityd
 
-from diffboost import processes
 from diffboost.data import addresses
 from diffboost.data.addresses import (
     AddressedDataset,
@@ -15,7 +14,6 @@ from diffboost.data.addresses import (
     ProcessShare,
     address_seed,
 )
-from diffboost.processes import join_shares
 
 
 def noisy_dataset(seed: int = 0) -> AddressedDataset:
@@ -99,12 +97,10 @@ def test_samples_too_few_for_a_step_are_refused():
 
 
 @pytest.mark.parametrize(("num_items", "shares"), [(5, [[0, 2, 4], [1, 3]]), (1, [[0], [0]])])
-def test_items_needed_once_are_shared_and_joined(monkeypatch, num_items, shares):
+def test_items_needed_once_are_shared(monkeypatch, num_items, shares):
     for rank in range(2):
         monkeypatch.setattr(addresses, "process_rank_and_count", lambda rank=rank: (rank, 2))
         assert list(ProcessShare(range(num_items))) == shares[rank]
-    monkeypatch.setattr(processes, "gather_objects", lambda share: shares)
-    assert list(dict.fromkeys(join_shares([]))) == list(range(num_items))
 
 
 def test_fixed_batches_are_dealt_whole_and_filled_up(monkeypatch):

@@ -28,10 +28,14 @@ def scans(tmp_path) -> Path:
 
 
 def _refused(root: Path, error: type, message: str, **knobs) -> None:
-    """prepare raises this error and leaves neither a store nor a part of one."""
+    """prepare raises this error and leaves no store, nor a part of one that stands in the way."""
     with pytest.raises(error, match=message):
         _prepare(root, **knobs)
-    assert not list(root.parent.glob(f"{root.name}_store*"))
+    assert not raw_data.store_of(root).exists()
+    partial_dir = raw_data.store_of(root, "store.partial")
+    done = list((partial_dir / "done").glob("*"))
+    assert bool(done) == partial_dir.exists()
+    assert not done or "failed" in json.loads((partial_dir / "wanted.json").read_text())
 
 
 def test_no_such_folder(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffboost.data.sources import Case, read_source
 from diffboost.data.splits import assign_folds
 from diffboost.data.tasks import change_task, read_task
 from diffboost.processes import is_main_process, wait_for_processes
-from diffboost.store_folders import RECORD, in_place, new_partial, open_partial
+from diffboost.store_folders import in_place, move_store, partial_store
 from diffboost.store_writer import StoreWriter
 from diffboost.tree_writer import TreeWriter
 
@@ -57,9 +56,10 @@ def prepare(
     """Turns a folder of raw images into a slice store.
 
     Everything is written into ``<store_dir>.partial`` and renamed when whole. A store in place
-    with the same task, source and parameters is left as it is. Of a tree (layout radimagenet) all
-    processes of torch.distributed write edges, and an interrupted run is gone on with; a store of
-    labelled cases is written by the first process and begun anew.
+    with the same task, source and parameters is left as it is. An interrupted run is gone on with,
+    case by case; cases whose source files have changed, and bad ones, are tried again. Of a tree
+    (layout radimagenet) all processes of torch.distributed write edges; a store of labelled cases
+    is written by the first process.
 
     Args:
         dataset_dir: folder of raw data in the task's layout; ``phantoms`` makes the embedded
@@ -93,7 +93,8 @@ def prepare(
 
     Raises:
         FileNotFoundError: no such data folder, task or edge weights.
-        FileExistsError: ``store_dir`` holds something else.
+        FileExistsError: ``store_dir`` holds something else, or its partial folder does.
+        BlockingIOError: another process is writing it.
         ValueError: wrong data or parameters, fewer cases than folds, or too many rejected files.
 
     Source: DiffBoost Sec. 3.2, 3.3; engineering choice (design, "Slice store").
@@ -178,11 +179,11 @@ def _load_detector(wanted: Mapping, weights: str | Path | None, device) -> EdgeD
 
 
 def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping) -> None:
-    """Writes a store of labelled cases, in this process."""
+    """Writes a store of labelled cases, in this process; goes on with one that was interrupted."""
     choice = wanted["preprocessing"]
     detector = load_edge_detector(choice["edges"], edges[0], choice["hed_size_px"], edges[1])
-    partial_dir = new_partial(store_dir)
-    try:
+    weights = {"weights": detector.weights_sha256}
+    with partial_store(store_dir, {**wanted, **weights}) as partial_dir:
         root = partial_dir / wanted["source_dir"]
         _make_phantoms(root, wanted)
         source = read_source(root, wanted["task"])
@@ -192,39 +193,27 @@ def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping
         writer = StoreWriter(partial_dir, root, wanted, detector)
         writer.write_slices(source, limits["num_workers"])
         writer.write_index(limits["max_rejected_fraction"])
-        partial_dir.rename(store_dir)
-    except BaseException:
-        shutil.rmtree(partial_dir)
-        raise
+        move_store(partial_dir, store_dir)
     logger.info("%s: %d slices of %d cases", store_dir, len(writer.rows), writer.num_cases)
 
 
 def _write_tree(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping) -> None:
     """Writes a tree's store together with all processes; goes on with one that was interrupted."""
     detector = _load_detector(wanted, *edges)
-    partial_dir = store_dir.with_name(store_dir.name + ".partial")
-    root = partial_dir / wanted["source_dir"]
-    writer = TreeWriter(partial_dir, root, wanted, detector)
-    if is_main_process():
-        open_partial(store_dir, {**wanted, "weights": detector.weights_sha256})
-        try:
+    weights = {"weights": detector.weights_sha256}
+    with partial_store(store_dir, {**wanted, **weights}) as partial_dir:
+        root = partial_dir / wanted["source_dir"]
+        writer = TreeWriter(partial_dir, root, wanted, detector)
+        if is_main_process():
             _make_phantoms(root, wanted)
             writer.write_index(**limits)
-        except BaseException:
-            shutil.rmtree(partial_dir)
-            raise
-    wait_for_processes()
-    try:
+        wait_for_processes()
         writer.write_edges(limits["num_workers"])
         wait_for_processes()
         if is_main_process():
             num_images = writer.finish(limits["max_rejected_fraction"])
-            partial_dir.rename(store_dir)
-            (store_dir / RECORD).unlink()
+            move_store(partial_dir, store_dir)
             logger.info("%s: %d images of a tree", store_dir, num_images)
-    except BaseException:
-        logger.warning("%s keeps what is done; run the same again to go on", partial_dir)
-        raise
 
 
 def _hed_size(edges: str, hed_size_px: int | None, image_size: int) -> int | None:

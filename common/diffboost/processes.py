@@ -5,7 +5,6 @@ of processes draws what one process would have drawn.
 """
 
 from collections.abc import Callable
-from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -52,22 +51,6 @@ def gather_objects(value: object) -> list:
     if count > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def join_shares(share: list) -> list:
-    """What the processes made of a ``ProcessShare``, in the order that one process has.
-
-    Args:
-        share: this process's results, one an item and in the order of its items; not None.
-
-    Returns:
-        All results, on every process; results of items that several processes had stand side by
-        side.
-
-    Source: engineering choice.
-    """
-    rounds = zip_longest(*gather_objects(share))
-    return [result for results in rounds for result in results if result is not None]
 
 
 class ShareOfLoss:

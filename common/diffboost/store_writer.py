@@ -2,11 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -26,18 +25,20 @@ from diffboost.data.slices import (
 )
 from diffboost.data.sources import Case, Source
 from diffboost.data.splits import assign_folds, group_cases
+from diffboost.records import DoneCases, state_of
 
 logger = logging.getLogger(__name__)
 
 EDGE_BATCH = 8  # slices; more only take more memory on a CPU
 SHOWN_REASONS = 5
+FOLDERS = ("images", "labels", "edges")
 
 
 class StoreWriter:
     """Writes the files of one slice store.
 
     Args:
-        store_dir: folder to fill.
+        store_dir: folder to fill; cases that an interrupted run has done there are kept.
         root: folder of the source files.
         wanted: task and parameters, as they go into dataset.json.
         detector: edges of images.
@@ -55,36 +56,86 @@ class StoreWriter:
         self.rows: list[dict] = []
         self.rejected: list[tuple[str, str]] = []
         self.num_cases = 0
-        self._pending: list[tuple[dict, torch.Tensor, torch.Tensor]] = []
-        for name in ("images", "labels", "edges"):
-            (store_dir / name).mkdir()
+        for name in FOLDERS:
+            (store_dir / name).mkdir(exist_ok=True)
 
     def write_slices(self, source: Source, num_workers: int) -> None:
-        """Loads every case and writes its slices; bad ones are noted with their reason.
+        """Loads the cases that are not done yet and writes their slices; notes why others are bad.
 
         Args:
             source: cases, and files that the reader rejected.
             num_workers: processes that load cases beside this one.
-        """
-        self.rejected += source.rejected
-        size = self.wanted["preprocessing"]["image_size"]
-        dataset = CaseDataset(source.cases, self.wanted["task"], size)
-        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
-        for case, loaded in zip(source.cases, tqdm(loader, "prepare", unit="case"), strict=True):
-            if isinstance(loaded, str):
-                self.rejected.append((case.image.relative_to(self.root).as_posix(), loaded))
-                continue
-            self.num_cases += 1
-            for slice_of_case in self._slices(case, loaded):
-                self._pending.append(slice_of_case)
-                if len(self._pending) == EDGE_BATCH:
-                    self._flush()
-        self._flush()
 
-    def _slices(self, case: Case, loaded: LoadedCase) -> Iterator[tuple]:
-        """Row, image (1, S, S) and label of every slice of a case; paths come with the writing."""
-        relative = case.image.relative_to(self.root)
-        shared = {
+        Raises:
+            OSError: a source file is gone that was there when the work began.
+        """
+        done = DoneCases(self.store_dir)
+        origins, results = self._look(source.cases, done)
+        todo = [case for case in source.cases if case.name not in results]
+        if len(todo) < len(source.cases):
+            logger.info("%d of %d cases are left to do", len(todo), len(source.cases))
+        size = self.wanted["preprocessing"]["image_size"]
+        dataset = CaseDataset(todo, self.wanted["task"], size)
+        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers)
+        for case, loaded in zip(todo, tqdm(loader, "prepare", unit="case"), strict=True):
+            if isinstance(loaded, LoadedCase):
+                rows = self._write_case(case, loaded)
+                files = [row[key] for row in rows for key in ("image", "label", "edge")]
+                done.write(case.name, origins[case.name], rows, files)
+                loaded = rows
+            results[case.name] = loaded
+        self._gather(source, results)
+
+    def _look(self, cases: Sequence[Case], done: DoneCases) -> tuple[dict, dict]:
+        """What every case is made of, and the rows of those that are done, or why one is bad."""
+        origins, results = {}, {}
+        for case in cases:
+            try:
+                files = state_of([case.image, *case.labels])
+            except OSError as error:
+                results[case.name] = str(error.strerror)
+                continue
+            origins[case.name] = [case.section, case.finding, *files]
+            rows = done.read(case.name, origins[case.name])
+            if rows is not None:
+                results[case.name] = rows
+        return origins, results
+
+    def _gather(self, source: Source, results: Mapping[str, list[dict] | str]) -> None:
+        """Rows and rejected files in the order of the cases; other files of the store go."""
+        self.rejected += source.rejected
+        for case in source.cases:
+            result = results[case.name]
+            if isinstance(result, str):
+                self.rejected.append((case.image.relative_to(self.root).as_posix(), result))
+            else:
+                self.num_cases += 1
+                self.rows += result
+        listed = {row[key] for row in self.rows for key in ("image", "label", "edge")}
+        for name in FOLDERS:
+            for path in (self.store_dir / name).iterdir():
+                if f"{name}/{path.name}" not in listed:  # of a case that has changed or turned bad
+                    path.unlink()
+
+    def _write_case(self, case: Case, loaded: LoadedCase) -> list[dict]:
+        """Writes the files of a case's slices and returns their rows.
+
+        Edges are detected in batches of the case alone, so that they depend on no other case.
+        """
+        shared = self._shared(case, loaded)
+        rows = []
+        for start in range(0, len(loaded.images), EDGE_BATCH):
+            part = slice(start, start + EDGE_BATCH)
+            images, labels = loaded.images[part], loaded.labels[part]
+            edges = join_edges(self.detector(images), mask_edges(labels))
+            for number, slices in enumerate(zip(images, labels, edges, strict=True), start):
+                rows.append(shared | self._write_slice(case.name, number, *slices))
+        return rows
+
+    def _shared(self, case: Case, loaded: LoadedCase) -> dict:
+        """What the rows of a case have in common."""
+        labels = (path.relative_to(self.root).as_posix() for path in case.labels)
+        return {
             "case": case.name,
             "image_root": "store",
             "prompt": task_prompt(self.wanted["task"], case.finding),
@@ -92,35 +143,25 @@ class StoreWriter:
             "spacing_mm": loaded.spacing_mm,
             "original_shape": loaded.original_shape,
             "affine": loaded.affine,
-            "source_image": relative.as_posix(),
-            "source_label": "|".join(
-                path.relative_to(self.root).as_posix() for path in case.labels
-            ),
+            "source_image": case.image.relative_to(self.root).as_posix(),
+            "source_label": "|".join(labels),
             "source_sha256": loaded.sha256,
         }
-        for number, (image, label) in enumerate(zip(loaded.images, loaded.labels, strict=True)):
-            foreground = int((label > 0).sum())
-            yield shared | {"slice": number, "foreground_px": foreground}, image, label
 
-    def _flush(self) -> None:
-        """Detects the edges of the slices that wait and writes all their files."""
-        if not self._pending:
-            return
-        rows, images, labels = zip(*self._pending, strict=True)
-        self._pending = []
-        edges = self.detector(torch.stack(images))
-        edges = join_edges(edges, mask_edges(torch.stack(labels)))
-        for row, image, label, edge in zip(rows, images, labels, edges, strict=True):
-            name = f"{row['case']}_{row['slice']:04d}.png"
-            row |= {key: f"{key}s/{name}" for key in ("image", "label", "edge")}
-            write_image(self.store_dir / row["image"], image[0].numpy())
-            write_label(self.store_dir / row["label"], label[0].numpy())
-            write_edge(self.store_dir / row["edge"], edge[0].numpy())
-            row["sha256"] = sha256_of_files([self.store_dir / row["image"]])
-            self.rows.append(row)
+    def _write_slice(self, case: str, number: int, image, label, edge) -> dict:
+        """Writes the three files of a slice, each (1, S, S); what its row has of its own."""
+        name = f"{case}_{number:04d}.png"
+        row = {"slice": number, "foreground_px": int((label > 0).sum())}
+        row |= {key: f"{key}s/{name}" for key in ("image", "label", "edge")}
+        write_image(self.store_dir / row["image"], image[0].numpy())
+        write_label(self.store_dir / row["label"], label[0].numpy())
+        write_edge(self.store_dir / row["edge"], edge[0].numpy())
+        return row | {"sha256": sha256_of_files([self.store_dir / row["image"]])}
 
     def write_index(self, max_rejected_fraction: float) -> None:
         """Writes rejected.csv, dataset.json, index.parquet and the contact sheet.
+
+        An interrupted run does this part anew, with the search for duplicates.
 
         Args:
             max_rejected_fraction: share of cases that may be rejected.

@@ -21,13 +21,13 @@ from tqdm import tqdm
 from diffboost.conditions.edges import EdgeDetector
 from diffboost.conditions.prompts import prompt_from_path
 from diffboost.data.addresses import address_seed
-from diffboost.data.loading import TreeBatches
+from diffboost.data.loading import TreeBatches, refuse_gone
 from diffboost.data.slices import INDEX_COLUMNS, write_edge
 from diffboost.data.sources import unique_names
 from diffboost.data.tree import PngChecks, scan_tree
 from diffboost.handlers import write_aside
 from diffboost.processes import process_rank_and_count
-from diffboost.store_writer import EDGE_BATCH, check_rejected, finish_store
+from diffboost.store_writer import EDGE_BATCH, FOLDERS, check_rejected, finish_store
 
 CHUNK = 1024  # files that a worker checks at a time
 ROW_GROUP = 64 * CHUNK
@@ -76,6 +76,7 @@ class TreeWriter:
 
         Raises:
             ValueError: no image, or too many are rejected.
+            OSError: the tree is gone.
 
         Source: engineering choice (issue 3, "RadImageNet").
         """
@@ -93,6 +94,8 @@ class TreeWriter:
                 if not num_test:
                     draws = ((self._draw(path), path) for path in rows["image"].to_pylist())
                     nearest = min(nearest, min(draws))
+        if num_rows:
+            refuse_gone([self.root / rows["image"][-1].as_py()])
         check_rejected(rejected, num_rows, max_rejected_fraction)
         if self.wanted["validation_fraction"] and not num_test and num_rows > 1:
             _rewrite(partial, functools.partial(_hold_out, path=nearest[1]))
@@ -240,7 +243,7 @@ class TreeWriter:
         counts = sections["section"].value_counts().to_pylist()
         counts = {count["values"]: count["counts"] for count in counts}
         check_rejected(list(rejected.items()), sum(counts.values()), max_rejected_fraction)
-        for name in ("images", "labels", "edges"):
+        for name in FOLDERS:
             (self.store_dir / name).mkdir(exist_ok=True)
         finish_store(self.store_dir, self.wanted, self.detector, counts)
         return sum(counts.values())

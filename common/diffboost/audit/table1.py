@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,16 @@ from diffboost.audit.image_quality import (
     measure_image_quality,
     scale_weights,
 )
-from diffboost.data.addresses import address_seed
+from diffboost.data.addresses import ProcessBatches, address_seed
 from diffboost.data.slices import read_store, sha256_of_files, slice_items, write_image
 from diffboost.data.transforms import LoadSliced
+from diffboost.files import write_aside
 from diffboost.generation.backbones import backbone_sha256, has_part, resolve_backbone
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.pix2pix import load_translator
 from diffboost.generation.synthesis import read_generator
-from diffboost.handlers import write_aside
 from diffboost.processes import is_main_process, wait_for_processes
+from diffboost.records import same_command_goes_on
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +163,25 @@ def image_paths(output_dir: str, method: str, num_images: int) -> list[Path]:
     return [Path(output_dir) / "images" / method / f"{i:06d}.png" for i in range(num_images)]
 
 
+class MethodBatches(ProcessBatches):
+    """The batches whose images a method lacks: an interrupted run is taken up.
+
+    Args:
+        data: see :func:`held_out_items`.
+        batch_size: images a pass.
+        output_dir, method: see :class:`MethodWriter`.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, data: Sequence[dict], batch_size: int, output_dir: str, method: str) -> None:
+        super().__init__(data, batch_size)
+        paths = image_paths(output_dir, method, len(data))
+        self.batches = [
+            batch for batch in self.batches if not all(paths[i].is_file() for i in batch)
+        ]
+
+
 class MethodWriter:
     """Writes a method's images as 16-bit PNG, numbered as their items.
 
@@ -174,7 +195,7 @@ class MethodWriter:
 
     def __init__(self, output_dir: str, method: str, data: Sequence[dict]) -> None:
         paths = image_paths(output_dir, method, len(data))
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(output_dir)
         self.paths = {
             (item["case"], item["slice"]): path for item, path in zip(data, paths, strict=True)
         }
@@ -187,7 +208,9 @@ class MethodWriter:
         batch, images = engine.state.batch, engine.state.output["pred"].float().cpu().numpy()
         keys = list(zip(batch["case"], batch["slice"].tolist(), strict=True))
         for key in dict.fromkeys(keys):  # not the copies that fill the last batch
-            write_image(self.paths[key], images[keys.index(key)][0])
+            image = images[keys.index(key)][0]
+            with same_command_goes_on(self.folder):
+                write_aside(self.paths[key], partial(write_image, image=image))
 
 
 def write_table1(

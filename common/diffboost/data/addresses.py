@@ -146,8 +146,8 @@ class AddressedSampler(Sampler[tuple[int, int]]):
 class ProcessShare(Sampler[int]):
     """Indices of this process's items, where each is needed once: every count-th one.
 
-    ``processes.join_shares`` puts results back in order. No process may stand idle in an engine,
-    so that with fewer items than processes every process has all of them.
+    No process may stand idle in an engine, so that with fewer items than processes every process
+    has all of them.
 
     Args:
         data_source: the data set, for its length.

@@ -40,6 +40,8 @@ class LoadedCase:
 class CaseDataset(Dataset):
     """Loads cases by index; a bad one comes back as the reason (str) why it is rejected.
 
+    A file that has gone since the cases were listed is an error, not a bad case.
+
     Args:
         cases: what a reader listed.
         task: a task as ``read_task`` gives it.
@@ -63,6 +65,7 @@ class CaseDataset(Dataset):
         try:
             return self._load_case(case)
         except BAD_FILE_ERRORS as error:
+            refuse_gone([case.image, *case.labels])
             return _unreadable((case.image, *case.labels)) or _reason(error)
 
     def _load_case(self, case: Case) -> LoadedCase:
@@ -137,8 +140,31 @@ class TreeBatches(Dataset):
             image = self.load({"image": path})["image"]
             _check_image(image)
         except BAD_FILE_ERRORS as error:
+            refuse_gone([path])
             return _unreadable([path]) or _reason(error)
         return image
+
+
+def refuse_gone(paths: Iterable[Path]) -> None:
+    """Tells a disk or network folder that is gone from a file that is bad, which is only left out.
+
+    Args:
+        paths: files that were there when the work began.
+
+    Raises:
+        OSError: one of them is not there now.
+
+    Source: engineering choice (issue 5, "Divergence": lost mount).
+    """
+    for path in paths:
+        try:
+            path.stat()
+        except OSError as error:
+            raise OSError(
+                f"dataset_dir: {path} was there when the work began and cannot be reached now "
+                f"({error.strerror}); is the disk or network folder of {path.parent} still there? "
+                "The same command goes on where this one stopped"
+            ) from error
 
 
 def _check_image(image: torch.Tensor) -> None:

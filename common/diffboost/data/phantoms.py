@@ -1,8 +1,10 @@
 """Phantom data sets made on the fly: a RadImageNet-like tree and a Decathlon-like 3D task."""
 
+import gzip
 import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +28,11 @@ from diffboost.data.scanners import (
     paint,
     us,
 )
+from diffboost.files import write_aside
 
 logger = logging.getLogger(__name__)
+
+RECORD = "parameters.json"  # of the phantoms, while their folder is not whole
 
 
 @dataclass(frozen=True)
@@ -120,24 +125,27 @@ def phantom_image(seed: int, index: int, image_size_px: int) -> tuple[np.ndarray
 
 
 def _write_image(index: int, output_dir: Path, seed: int, image_size_px: int) -> None:
-    """Write image ``index`` of the tree as <modality>/<organ>/<finding>/<number>.png."""
-    image, parts = phantom_image(seed, index, image_size_px)
-    folder = output_dir.joinpath(*parts)
-    folder.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(folder / f"{index:06d}.png")
+    """Write image ``index`` as <modality>/<organ>/<finding>/<number>.png, if it is not there."""
+    parts = CATEGORIES[index % len(CATEGORIES)]
+    path = output_dir.joinpath(*parts, f"{index:06d}.png")
+    if not path.is_file():
+        image = Image.fromarray(phantom_image(seed, index, image_size_px)[0])
+        write_aside(path, partial(image.save, format="PNG"))
 
 
-def _new_folder(output_dir: Path | str, **counts: int) -> tuple[Path, Path]:
-    """Check counts and folder; returns (final folder, folder to write in)."""
+def _open_folder(output_dir: Path, seed: int, **counts: int) -> Path:
+    """Check counts and folder; the folder to write in, as an interrupted run left it."""
     for key, value in counts.items():
         if value < 1:
             raise ValueError(f"{key} is {value}; it must be at least 1")
-    output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(f"output_dir {output_dir} is not empty; phantoms need a new folder")
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
-    partial_dir.mkdir(parents=True, exist_ok=True)
-    return output_dir, partial_dir
+    record, wanted = partial_dir / RECORD, json.dumps({"seed": seed, **counts})
+    if not record.is_file() or record.read_text() != wanted:
+        shutil.rmtree(partial_dir, ignore_errors=True)
+        write_aside(record, partial(Path.write_text, data=wanted))
+    return partial_dir
 
 
 def write_radimagenet_tree(
@@ -150,7 +158,7 @@ def write_radimagenet_tree(
     """Write <modality>/<organ>/<finding>/<number>.png, 8-bit gray, and return the folder.
 
     Args:
-        output_dir: new or empty folder.
+        output_dir: new or empty folder; what an interrupted run has made for it is kept.
         num_images: how many; categories take turns.
         image_size_px: side of an image.
         seed: each image depends on (seed, number) alone.
@@ -162,9 +170,8 @@ def write_radimagenet_tree(
 
     Source: engineering choice.
     """
-    output_dir, partial_dir = _new_folder(
-        output_dir, num_images=num_images, image_size_px=image_size_px
-    )
+    output_dir, counts = Path(output_dir), {"num_images": num_images}
+    partial_dir = _open_folder(output_dir, seed, **counts, image_size_px=image_size_px)
     write = partial(_write_image, output_dir=partial_dir, seed=seed, image_size_px=image_size_px)
     numbers = range(num_images)
     if num_workers > 0:
@@ -174,6 +181,7 @@ def write_radimagenet_tree(
     else:
         for index in tqdm(numbers, "phantom images"):
             write(index)
+    (partial_dir / RECORD).unlink()
     partial_dir.replace(output_dir)
     logger.info("wrote %d phantom images to %s", num_images, output_dir)
     return output_dir
@@ -211,10 +219,8 @@ def phantom_case(
     return 1000 * image.transpose(2, 1, 0), label.transpose(2, 1, 0)
 
 
-def _write_case(
-    folder: Path, suffix: str, name: str, rng: np.random.Generator, case: tuple
-) -> dict:
-    """Write image and label as NIfTI in a drawn spacing and orientation; returns their entry."""
+def _write_case(paths: Sequence[Path], rng: np.random.Generator, case: tuple) -> None:
+    """Write image and label as .nii.gz in a drawn spacing and orientation."""
     in_plane = rng.uniform(1.1, 1.5)
     spacing_mm = np.array([in_plane, in_plane, rng.uniform(2.5, 4)])
     affine = np.diag([*(spacing_mm * (-1, -1, 1)), 1])
@@ -222,13 +228,14 @@ def _write_case(
     axcodes = ORIENTATIONS[rng.integers(len(ORIENTATIONS))]
     target = nib.orientations.axcodes2ornt(axcodes)
     turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), target)
-    entry = {}
-    for key, array in zip(("image", "label"), case, strict=True):
-        path = folder / f"{key}s{suffix}" / f"{name}.nii.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nib.save(nib.Nifti1Image(array, affine).as_reoriented(turn), path)
-        entry[key] = f"./{path.parent.name}/{path.name}"
-    return entry
+    for path, array in zip(paths, case, strict=True):
+        write_aside(path, partial(_save, nib.Nifti1Image(array, affine).as_reoriented(turn)))
+
+
+def _save(image: nib.Nifti1Image, path: Path) -> None:
+    """Write .nii.gz under any name, with the bytes that nibabel gives one of that ending."""
+    with path.open("wb") as file, gzip.GzipFile("", "wb", 1, file, mtime=0) as packed:
+        image.to_stream(packed)
 
 
 def write_decathlon_task(
@@ -244,7 +251,7 @@ def write_decathlon_task(
     Training cases share a scanner; test cases come from other scanners of the same family.
 
     Args:
-        output_dir: new or empty folder.
+        output_dir: new or empty folder; what an interrupted run has made for it is kept.
         seed: each case depends on (seed, section, number) alone.
         num_training: training cases.
         num_test: test cases.
@@ -258,9 +265,8 @@ def write_decathlon_task(
     Source: engineering choice.
     """
     counts = {"num_training": num_training, "num_test": num_test}
-    output_dir, partial_dir = _new_folder(
-        output_dir, **counts, size_px=size_px, num_slices=num_slices
-    )
+    output_dir = Path(output_dir)
+    partial_dir = _open_folder(output_dir, seed, **counts, size_px=size_px, num_slices=num_slices)
     header = {
         "name": "PhantomOrgan",
         "description": "Phantom MR abdomen; training and test come from different scanners",
@@ -279,10 +285,14 @@ def write_decathlon_task(
     ]
     for number, section, suffix, scanners in tqdm(jobs, "phantom cases"):
         index = len(header[section])
-        rng = np.random.default_rng([seed, number, index])
-        case = phantom_case(rng, scanners, size_px, num_slices)
-        entry = _write_case(partial_dir, suffix, f"organ_{section}_{index:03d}", rng, case)
+        file = f"{suffix}/organ_{section}_{index:03d}.nii.gz"
+        entry = {key: f"./{key}s{file}" for key in ("image", "label")}
         header[section].append(entry)
+        paths = [partial_dir / name for name in entry.values()]
+        if not all(path.is_file() for path in paths):
+            rng = np.random.default_rng([seed, number, index])
+            _write_case(paths, rng, phantom_case(rng, scanners, size_px, num_slices))
     (partial_dir / "dataset.json").write_text(json.dumps(header, indent=2) + "\n")
+    (partial_dir / RECORD).unlink()
     partial_dir.replace(output_dir)
     return output_dir

@@ -82,6 +82,9 @@ def paint(layers: list, values: dict) -> np.ndarray:
     return image
 
 
+TAKE_UP_CONTRAST = ("vessel", "kidney", "spleen", "liver", "tumor")  # of a CT's contrast agent
+
+
 def average_down(image: np.ndarray) -> np.ndarray:
     """Area average (D, H, W) -> (D, H / OVERSAMPLING, W / OVERSAMPLING)."""
     depth, height, width = image.shape
@@ -117,8 +120,9 @@ def ct(rng: np.random.Generator, layers: list, window_hu: tuple) -> np.ndarray:
     used = sorted({name for name, _ in layers})
     hu = {t: TISSUES[t].hu + rng.normal(0, 8) for t in used}
     if rng.random() < 0.5:  # contrast agent
-        for t in set(used) & {"vessel", "kidney", "spleen", "liver", "tumor"}:
-            hu[t] += rng.uniform(20, 120)
+        for t in used:  # sorted: the order of a set is another one in every process
+            if t in TAKE_UP_CONTRAST:
+                hu[t] += rng.uniform(20, 120)
     density = paint(layers, hu) + 90 * _texture(rng, layers)
     image = gaussian_filter(average_down(density), (0, *[rng.uniform(0.2, 0.7)] * 2))
     size = image.shape[-1]

@@ -6,7 +6,6 @@ every step. Where geometric jitter is on, ``num_copies`` jittered copies of each
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,17 @@ from diffboost.data.addresses import address_seed
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import sha256_of_files
 from diffboost.data.transforms import LoadSliced
+from diffboost.generation.array_files import DONE, ArrayFile, DoneBatches, make_array_file
 from diffboost.generation.backbones import backbone_sha256, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
 from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
+from diffboost.records import same_command_goes_on
+from diffboost.runs import hold_folder, release_folder
 
 logger = logging.getLogger(__name__)
+
+FLUSHED_BATCHES = 8  # are lost at most, and encoded again, when a process is killed
 
 
 class Jitterd(RandomizableTransform):
@@ -59,45 +63,6 @@ class Jitterd(RandomizableTransform):
             )
             out[key] = affine(data[key])
         return out
-
-
-class ArrayFile:
-    """Rows of a ``.npy`` file, read and written in place.
-
-    Not a memory map: pages of one stay resident, and a cache is larger than memory.
-
-    Args:
-        path: the file.
-        writable: whether rows will be written.
-
-    Source: engineering choice.
-    """
-
-    def __init__(self, path: Path, writable: bool = False) -> None:
-        header = np.load(path, mmap_mode="r")
-        self.shape, self.dtype, self._offset = header.shape, header.dtype, header.offset
-        self._row_bytes = header[:1].nbytes
-        self._file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return self.shape[0]
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        """A row, as a new array."""
-        row = range(len(self))[row]
-        values = np.empty(self.shape[1:], self.dtype)
-        start = self._offset + row * self._row_bytes
-        if os.preadv(self._file.fileno(), [values], start) != self._row_bytes:
-            raise OSError(f"{self._file.name} ends before row {row}")
-        return values
-
-    def write(self, row: int, part: int, values: np.ndarray) -> None:
-        """Writes ``values`` as number ``part`` of the parts of a row."""
-        values = np.ascontiguousarray(values, self.dtype)
-        start = self._offset + row * self._row_bytes + part * values.nbytes
-        if os.pwrite(self._file.fileno(), values, start) != values.nbytes:
-            raise OSError(f"{self._file.name}: row {row} was not written, is the disk full?")
 
 
 class CachedItems(Sequence):
@@ -148,7 +113,7 @@ def build_cache(
     """Items for training the generator, backed by files on disk; built if not there yet.
 
     All processes of torch.distributed build it together, each a run of batches; the files are the
-    same for any number of them.
+    same for any number of them. An interrupted run is gone on with at the batches that it lacks.
 
     Args:
         data: slice items with the paths ``image`` and ``edge`` and the text ``prompt``.
@@ -167,6 +132,8 @@ def build_cache(
 
     Raises:
         ValueError: ``num_copies`` and ``jitter`` contradict each other.
+        OSError: there is no room for the files, or they cannot be written.
+        BlockingIOError: another run is building it.
 
     Source: engineering choice (``reference/performance_facts.md`` 3.3); jitter as in facts 8.
     """
@@ -176,22 +143,49 @@ def build_cache(
     there = folder.is_dir()
     wait_for_processes()  # all have looked before one of them begins
     if there:
+        _drop_notes(folder)
         return CachedItems(folder)
-    partial = folder.with_name(folder.name + ".partial")
+    partial_dir = folder.with_name(folder.name + ".partial")
     autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae")).to(device).eval()
-    if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_prompts(partial, data, backbone, device)
-        _make_files(partial, autoencoder, (len(data), num_copies), image_size)
-    wait_for_processes()
-    _fill(partial, data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size)
-    wait_for_processes()
-    if is_main_process():
-        partial.rename(folder)
-        logger.info("cached %d slices x %d copies in %s", len(data), num_copies, folder)
-    wait_for_processes()
+    pictures = _Pictures(
+        data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size
+    )
+    done = DoneBatches(partial_dir, len(pictures), batch_size)
+    with same_command_goes_on(partial_dir):
+        if is_main_process():
+            hold_folder(partial_dir)
+            _open(partial_dir, done, data, backbone, pictures)
+        wait_for_processes()
+        _fill(partial_dir, done, pictures)
+        wait_for_processes()
+        if is_main_process():
+            partial_dir.rename(folder)
+            _drop_notes(folder)
+            release_folder(partial_dir)
+            logger.info("cached %d slices x %d copies in %s", len(data), num_copies, folder)
+        wait_for_processes()
     return CachedItems(folder)
+
+
+def _open(folder: Path, done: DoneBatches, data, backbone: str, pictures: "_Pictures") -> None:
+    """Makes the files of a cache, with the prompts and without pictures, or keeps those there."""
+    if done.is_begun():
+        logger.info("%s: going on with what an interrupted run left", folder)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _write_prompts(folder, data, backbone, pictures.device)
+    for name, (dtype, each) in pictures.shapes().items():
+        shape = (len(data), pictures.num_copies, *each)
+        make_array_file(folder / f"{name}.npy", dtype, shape)
+    done.begin()
+
+
+def _drop_notes(folder: Path) -> None:
+    """Removes the file of done batches from a whole cache; a kill may have left it there."""
+    if is_main_process():
+        for path in folder.glob(f"{DONE}*"):
+            path.unlink()
 
 
 def _cache_key(data, backbone, image_size, jitter, num_copies, seed) -> str:
@@ -218,40 +212,73 @@ def _write_prompts(folder: Path, data, backbone: str, device) -> None:
     np.save(folder / "rows.npy", np.fromiter(rows, np.int32, len(data)))
 
 
-def _make_files(folder: Path, autoencoder, shape: tuple[int, int], image_size: int) -> None:
-    """Makes the files of moments and edges, without contents."""
-    config = autoencoder.autoencoder.config
-    side = image_size // 2 ** (len(config.block_out_channels) - 1)
-    sizes = {
-        "moments": ("float16", (2 * config.latent_channels, side, side)),
-        "edges": ("uint8", (1, image_size, image_size)),
-    }
-    for name, (dtype, each) in sizes.items():
-        path = folder / f"{name}.npy"
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(*shape, *each)).flush()
+class _Pictures:
+    """The pictures of a cache, jittered, in batches.
 
+    Args:
+        data, image_size, jitter, num_copies, seed, device, batch_size: see :func:`build_cache`.
+        autoencoder: encodes the images.
+    """
 
-def _fill(folder, data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size):
-    """Encodes this process's run of batches into the files of ``folder``."""
-    load = LoadSliced(["image", "edge"], image_size=image_size)
-    transform = Compose([jitter] if jitter is not None else [])
-    moments = ArrayFile(folder / "moments.npy", writable=True)
-    edges = ArrayFile(folder / "edges.npy", writable=True)
-    total = len(data) * num_copies
-    rank, count = process_rank_and_count()
-    num_batches = -(-total // batch_size)
-    mine = range(rank * num_batches // count, (rank + 1) * num_batches // count)
-    for number in tqdm(mine, desc="caching latents", disable=rank > 0):
-        last = min(total, (number + 1) * batch_size)
-        places = [divmod(place, num_copies) for place in range(number * batch_size, last)]
-        samples = []
-        for index, copy in places:
-            transform.set_random_state(seed=address_seed(seed, "jitter", copy, index))
-            item = data[index]
-            samples.append(transform(load({key: item[key] for key in ("image", "edge")})))
+    def __init__(
+        self, data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size
+    ) -> None:
+        self.data = data
+        self.autoencoder = autoencoder
+        self.image_size = image_size
+        self.transform = Compose([jitter] if jitter is not None else [])
+        self.num_copies = num_copies
+        self.seed = seed
+        self.device = device
+        self.batch_size = batch_size
+        self.load = LoadSliced(["image", "edge"], image_size=image_size)
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.data) * self.num_copies // self.batch_size)
+
+    def shapes(self) -> dict[str, tuple]:
+        """Type and shape of a picture's moments and edge."""
+        config = self.autoencoder.autoencoder.config
+        side = self.image_size // 2 ** (len(config.block_out_channels) - 1)
+        moments = (2 * config.latent_channels, side, side)
+        return {
+            "moments": ("float16", moments),
+            "edges": ("uint8", (1, self.image_size, self.image_size)),
+        }
+
+    def write(self, number: int, moments: ArrayFile, edges: ArrayFile) -> None:
+        """Encodes a batch into the two files."""
+        last = min(len(self.data) * self.num_copies, (number + 1) * self.batch_size)
+        places = [divmod(i, self.num_copies) for i in range(number * self.batch_size, last)]
+        samples = [self._sample(*place) for place in places]
         images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples]).float()
         with torch.inference_mode():
-            encoded = autoencoder.encode(images.to(device)).half().cpu().numpy()
-        for (index, copy), moment, sample in zip(places, encoded, samples, strict=True):
-            moments.write(index, copy, moment)
-            edges.write(index, copy, np.clip(np.asarray(sample["edge"]) * 255 + 0.5, 0, 255))
+            encoded = self.autoencoder.encode(images.to(self.device)).half().cpu().numpy()
+        for place, moment, sample in zip(places, encoded, samples, strict=True):
+            moments.write(*place, moment)
+            edges.write(*place, np.clip(np.asarray(sample["edge"]) * 255 + 0.5, 0, 255))
+
+    def _sample(self, index: int, copy: int) -> dict:
+        """Image and edge of a jittered copy of a slice."""
+        self.transform.set_random_state(seed=address_seed(self.seed, "jitter", copy, index))
+        item = self.data[index]
+        return self.transform(self.load({key: item[key] for key in ("image", "edge")}))
+
+
+def _fill(folder: Path, done: DoneBatches, pictures: _Pictures) -> None:
+    """Encodes what is missing of this process's run of batches into the files of ``folder``."""
+    moments = ArrayFile(folder / "moments.npy", writable=True)
+    edges = ArrayFile(folder / "edges.npy", writable=True)
+    rank, count = process_rank_and_count()
+    mine = range(rank * len(pictures) // count, (rank + 1) * len(pictures) // count)
+    todo = done.missing(mine)
+    with tqdm(desc="caching latents", total=len(todo), disable=rank > 0) as bar:
+        for start in range(0, len(todo), FLUSHED_BATCHES):
+            group = todo[start : start + FLUSHED_BATCHES]
+            for number in group:
+                pictures.write(number, moments, edges)
+                bar.update()
+            moments.flush()
+            edges.flush()
+            done.mark(group)

@@ -1,5 +1,6 @@
 """A new backbone from nothing: small parts of the same classes as Stable Diffusion 1.5."""
 
+import json
 import string
 from pathlib import Path
 
@@ -18,9 +19,14 @@ PROMPT_WORDS = (
     "fibrosis arterial pathology chondral post op central peripheral anterior posterior"
 )
 
+END_OF_WORD = "</w>"  # CLIP's mark of a word's last letter
+
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_tokens: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges come from these texts; any other ASCII text falls to letters.
+
+    The library numbers a word's last letters in the order of a hash map, another one in every
+    process, and merges of equal counts follow these numbers. Here they get their numbers first.
 
     Args:
         texts: prompts and phrases; CLIP lower-cases them.
@@ -30,8 +36,14 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_tokens: int) -> CLIPT
     Source: engineering choice; the byte-pair scheme is CLIP's.
     """
     letters = list(string.ascii_lowercase + string.digits + string.punctuation)
+    last_letters = [letter + END_OF_WORD for letter in letters]
     blank = CLIPTokenizer(model_max_length=max_tokens)
-    return blank.train_new_from_iterator(sorted(set(texts)) + letters, vocab_size=vocab_size)
+    trained = blank.train_new_from_iterator(
+        sorted(set(texts)) + letters, vocab_size=vocab_size, new_special_tokens=last_letters
+    )
+    model = json.loads(trained.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(model["vocab"], merges, model_max_length=max_tokens)
 
 
 def create_backbone(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
@@ -18,15 +17,10 @@ from diffboost.checkpoints import announce
 from diffboost.data.slices import read_store, write_label
 from diffboost.data.tasks import AXCODES, read_task
 from diffboost.data.transforms import MapLabelsd, case_preprocessing
-from diffboost.handlers import write_aside
 from diffboost.knobs import nearest
-from diffboost.processes import (
-    gather_objects,
-    is_main_process,
-    join_shares,
-    process_rank_and_count,
-    wait_for_processes,
-)
+from diffboost.processes import gather_objects, is_main_process, process_rank_and_count
+from diffboost.records import DoneCases, same_command_goes_on
+from diffboost.segmentation.case_results import origin_of
 from diffboost.segmentation.metrics import case_metrics, check_rules
 
 VOLUMES = ("whole", "foreground")
@@ -184,14 +178,15 @@ def slice_axis_of(affine: np.ndarray, slice_axis: str) -> tuple[int, bool]:
 
 
 class CaseWriter:
-    """Measures and writes every case: predictions/ while it runs, metrics.csv at the end.
+    """Measures every case and writes its prediction and its rows, at once when it is done.
 
     Reads decollated items: ``pred`` and ``label`` (1, ...) class index in the source's geometry.
-    Processes that share the cases write one metrics.csv, its rows in the order of one process.
+    Processes share the cases; ``case_results.write_scores`` joins them.
 
     Args:
         store_dir: slice store, for the names of the classes and the slices with foreground.
-        output_dir: folder for metrics.csv and predictions/.
+        partial_dir: gets predictions/ and the notes of cases that are done.
+        data: the cases that the evaluator runs over, see ``case_results.missing_cases``.
         volumes: "whole" measures cases as they are; "foreground" keeps the slices whose label has
             ``min_foreground_px`` (at least 1) in the store, stacks them and stretches them to the
             case's depth before measuring, as the released code does: false positives elsewhere do
@@ -208,7 +203,8 @@ class CaseWriter:
     def __init__(
         self,
         store_dir: str,
-        output_dir: str,
+        partial_dir: str,
+        data: Sequence[dict],
         volumes: str = "whole",
         min_foreground_px: int = 0,
         empty_masks: str = "stated",
@@ -225,22 +221,25 @@ class CaseWriter:
         self.kept = kept.groupby("case")["slice"].apply(sorted).to_dict()
         self.volumes = volumes
         self.rules = {"empty_masks": empty_masks, "smooth": smooth, "distances": distances}
-        self.output_dir = Path(output_dir)
-        self.rows: list[tuple[str, list[dict]]] = []  # a case and its rows
+        self.partial_dir = Path(partial_dir)
+        self.done = DoneCases(partial_dir)
+        rank, count = process_rank_and_count()
+        self.origins = {item["case"]: origin_of(item) for item in data[rank::count]}
 
     def attach(self, engine: Engine) -> None:
         """Listens to the evaluator."""
-        engine.add_event_handler(Events.STARTED, self.rows.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._take_batch)
-        engine.add_event_handler(Events.COMPLETED, self._write)
 
     def _take_batch(self, engine: Engine) -> None:
         """Scores and writes the cases of one iteration."""
-        (self.output_dir / "predictions").mkdir(parents=True, exist_ok=True)
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            rows = self._measure(item["case"], output["pred"][0], item["label"][0])
-            self.rows.append((item["case"], rows))
-            self._write_prediction(item["case"], output["pred"])
+            case = item["case"]
+            if case not in self.origins:  # several processes have it; another one writes it
+                continue
+            with same_command_goes_on(self.partial_dir):
+                rows = self._measure(case, output["pred"][0], item["label"][0])
+                path = self._write_prediction(case, output["pred"])
+                self.done.write(case, self.origins[case], rows, [path])
 
     def _measure(self, case: str, pred: torch.Tensor, label: MetaTensor) -> list[dict]:
         """The rows of a case; ``pred`` and ``label`` are (H, W[, D])."""
@@ -266,32 +265,16 @@ class CaseWriter:
             for name, value in values.items()
         ]
 
-    def _write_prediction(self, case: str, pred: MetaTensor) -> None:
-        """Writes a prediction (1, H, W[, D]) as PNG or NIfTI."""
-        folder = self.output_dir / "predictions"
+    def _write_prediction(self, case: str, pred: MetaTensor) -> str:
+        """Writes a prediction (1, H, W[, D]) as PNG or NIfTI; its path in the partial folder."""
+        (self.partial_dir / "predictions").mkdir(parents=True, exist_ok=True)
         if pred.ndim == 3:
-            write_label(folder / f"{case}.png", pred[0].cpu().numpy())
-            return
+            path = f"predictions/{case}.png"
+            write_label(self.partial_dir / path, pred[0].cpu().numpy())
+            return path
+        path = f"predictions/{case}.nii.gz"
         writer = NibabelWriter(output_dtype="uint8")
         writer.set_data_array(pred.cpu(), channel_dim=0)
         writer.set_metadata(pred.meta, resample=False)
-        writer.write(str(folder / f"{case}.nii.gz"))
-
-    def _write(self) -> None:
-        """Joins the processes' rows, writes metrics.csv and logs the mean of each metric."""
-        cases = dict(join_shares(self.rows))
-        if not any(cases.values()):
-            raise ValueError(
-                f"volumes: {self.volumes!r} leaves none of {len(cases)} cases to score"
-            )
-        if is_main_process():
-            self._write_table([row for rows in cases.values() for row in rows])
-        wait_for_processes()
-
-    def _write_table(self, rows: list[dict]) -> None:
-        table = pd.DataFrame(rows, columns=["case", "label", "metric", "value"])
-        path = self.output_dir / "metrics.csv"
-        write_aside(path, lambda partial: table.to_csv(partial, index=False))
-        means = table.groupby("metric", sort=False)["value"].mean()
-        text = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
-        logger.info("%d cases: %s; written to %s", table["case"].nunique(), text, path)
+        writer.write(str(self.partial_dir / path))
+        return path

@@ -1,0 +1,112 @@
+"""Arrays on disk that processes fill in pieces, and the note of which pieces are there."""
+
+import errno
+import os
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from diffboost.files import write_aside
+
+DONE = "done_batches_of_"  # name of the note, before the batch's size
+
+
+class ArrayFile:
+    """Rows of a ``.npy`` file, read and written in place.
+
+    Not a memory map: pages of one stay resident, and a cache is larger than memory.
+
+    Args:
+        path: the file.
+        writable: whether rows will be written.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, path: Path, writable: bool = False) -> None:
+        header = np.load(path, mmap_mode="r")
+        self.shape, self.dtype, self._offset = header.shape, header.dtype, header.offset
+        self._row_bytes = header[:1].nbytes
+        self._file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """A row, as a new array."""
+        row = range(len(self))[row]
+        values = np.empty(self.shape[1:], self.dtype)
+        start = self._offset + row * self._row_bytes
+        if os.preadv(self._file.fileno(), [values], start) != self._row_bytes:
+            raise OSError(f"{self._file.name} ends before row {row}")
+        return values
+
+    def write(self, row: int, part: int, values: np.ndarray) -> None:
+        """Writes ``values`` as number ``part`` of the parts of a row."""
+        values = np.ascontiguousarray(values, self.dtype)
+        start = self._offset + row * self._row_bytes + part * values.nbytes
+        if os.pwrite(self._file.fileno(), values, start) != values.nbytes:
+            raise OSError(errno.ENOSPC, f"row {row} was not written", self._file.name)
+
+    def flush(self) -> None:
+        """Waits until what was written would outlast a power failure."""
+        os.fsync(self._file.fileno())
+
+
+def make_array_file(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    """Makes a ``.npy`` file of zeros; takes its room on the disk before hours go into filling it.
+
+    Args:
+        path: the file.
+        dtype: type of its elements.
+        shape: its shape, rows first.
+
+    Raises:
+        OSError: there is no room.
+
+    Source: engineering choice.
+    """
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape).flush()
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+class DoneBatches:
+    """Which batches of a cache are done: a file with a byte a batch, 1 once its data are flushed.
+
+    Processes mark batches of their own. The file is made last, so that a folder which holds it
+    holds the others too; its name has the batch's size, on which rounding depends.
+
+    Args:
+        folder: the partial cache.
+        num_batches: of all processes together.
+        batch_size: pictures a batch.
+
+    Source: engineering choice (issue 5, "Exact resume, every stage").
+    """
+
+    def __init__(self, folder: Path, num_batches: int, batch_size: int) -> None:
+        self.path = folder / f"{DONE}{batch_size}"
+        self.num_batches = num_batches
+
+    def is_begun(self) -> bool:
+        """Whether an interrupted run of as many batches left its file here."""
+        return self.path.is_file() and self.path.stat().st_size == self.num_batches
+
+    def begin(self) -> None:
+        """Makes the file; no batch is done."""
+        write_aside(self.path, partial(Path.write_bytes, data=bytes(self.num_batches)))
+
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Those of the batches that are not done."""
+        done = self.path.read_bytes()
+        return [number for number in numbers if not done[number]]
+
+    def mark(self, numbers: Iterable[int]) -> None:
+        """Notes that these batches are done; their data have been flushed."""
+        with open(self.path, "r+b", buffering=0) as file:
+            for number in numbers:
+                os.pwrite(file.fileno(), b"\1", number)
