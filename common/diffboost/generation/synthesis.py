@@ -9,10 +9,11 @@ from monai.engines import PrepareBatch
 from monai.transforms import Transform
 
 from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
-from diffboost.data.slices import sha256_of_files, slice_items
+from diffboost.data.slices import read_store, sha256_of_files, slice_items
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.backbones import load_config
+from diffboost.generation.backbones import backbone_sha256, load_config
 from diffboost.generation.networks import ControlledUNet
+from diffboost.generation.provenance import RUN_FACTS
 from diffboost.generation.sampling import NOISE_ADDRESSES, variant_noise
 from diffboost.generation.text import embed_prompts, mix_embeddings
 from diffboost.knobs import nearest
@@ -67,6 +68,9 @@ def variant_items(
 ) -> list[dict]:
     """One item a variant to make: its source slice, its number, its phrase.
 
+    First come the variants 0 of all slices, then all variants 1, and so on: a larger ratio appends
+    items and moves none to another place in a batch, on which its rounding depends.
+
     Args:
         store_dir: the slice store.
         generator_dir: its generator must come from this fold.
@@ -92,10 +96,12 @@ def variant_items(
     slices = slice_items(
         store_dir, fold=fold, part="training", min_foreground_px=min_foreground_px, **selection
     )
+    hashes = read_store(store_dir).source_sha256()
+    slices = [{**item, "source_sha256": hashes[item["case"]]} for item in slices]
     return [
         {**item, "variant": variant, "phrase": augmentation_phrase(variant), "seed": seed}
-        for item in slices
         for variant in range(ratio)
+        for item in slices
     ]
 
 
@@ -103,7 +109,8 @@ class VariantConditions(Transform):
     """Noise, edge, prompt and negative prompt of one variant.
 
     Args:
-        data: all items, whose texts are embedded at once.
+        data: all items; each of their texts is embedded alone, so that no embedding depends on
+            which others there are.
         backbone: brings text encoder and latent shape.
         prompt_weights: weights of ``prompt``, ``phrase`` and ``style`` in the embedding's mix.
         image_size: side in pixels.
@@ -138,7 +145,7 @@ class VariantConditions(Transform):
         texts = {item["prompt"] + self._suffix() for item in data}
         texts |= {item["phrase"] for item in data} | {STYLE_PROMPT, NEGATIVE_PROMPT}
         texts = sorted(texts)
-        embeddings = embed_prompts(backbone, texts, device)
+        embeddings = embed_prompts(backbone, texts, device, batch_size=1)
         self.embedding = dict(zip(texts, embeddings, strict=True))
 
     def _suffix(self) -> str:
@@ -192,10 +199,16 @@ def variant_facts(
     prompt_weights: Mapping[str, float],
     precision: str,
     batch_size: int,
+    image_size: int,
+    license: str,
 ) -> dict:
-    """What all variants of a run share, a column each in the manifest: generator, sampler, seed."""
+    """What all variants of a run share, a column each in the manifest: generator, sampler, seed.
+
+    A backbone in a local folder is named by the folder alone: a path says who used which machine.
+    """
     generator = read_generator(generator_dir)
-    return {
+    local = Path(backbone).expanduser().exists()
+    facts = {
         "seed": seed,
         "noise_address": noise_address,
         "scheduler": scheduler,
@@ -205,7 +218,28 @@ def variant_facts(
         "prompt_weights": json.dumps(dict(prompt_weights), sort_keys=True),
         "precision": precision,
         "batch_size": batch_size,
-        "backbone": backbone,
+        "image_size": image_size,
+        "backbone": Path(backbone).name if local else backbone,
+        "backbone_sha256": backbone_sha256(backbone),
         "model_sha256": generator["model_sha256"],
         "lineage_sha256": generator["lineage_sha256"],
+        "license": license,
     }
+    return {name: kind(facts[name]) for name, kind in RUN_FACTS.items()}
+
+
+def variant_settings(facts: Mapping) -> tuple[dict, dict]:
+    """The keyword arguments that made a variant, out of its facts.
+
+    Args:
+        facts: as ``variant_facts`` gives them or a file says them.
+
+    Returns:
+        Those of :class:`VariantConditions` and those of ``VariantInferer``.
+
+    Source: engineering choice.
+    """
+    conditions = {name: facts[name] for name in ("image_size", "noise_address")}
+    conditions["prompt_weights"] = json.loads(facts["prompt_weights"])
+    names = ("scheduler", "num_inference_steps", "guidance_scale", "control_scale", "precision")
+    return conditions, {name: facts[name] for name in names}
