@@ -123,6 +123,11 @@ def is_intact(data: bytes) -> bool:
     return len(data) > _TAIL and _seal(data) == data
 
 
+def is_sealed(data: bytes) -> bool:
+    """Whether a file has a seal at all, broken or not."""
+    return _SEAL in data
+
+
 def is_whole(path: str | Path) -> bool:
     """Whether a file is there and intact; what a loss of power left half written is not."""
     try:

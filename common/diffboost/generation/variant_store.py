@@ -166,7 +166,7 @@ class VariantWriter:
 
 
 def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
-    """Write ``manifest.parquet``, a row a variant, from what its file says, once every file is there.
+    """Write ``manifest.parquet`` from what the files say, once all are there.
 
     Raises:
         FileNotFoundError: a variant has no file.
