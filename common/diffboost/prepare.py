@@ -111,9 +111,11 @@ def prepare(
             f"validation_fraction: {validation_fraction}; in [0, 1) for layout radimagenet, "
             "0 for others, whose folds hold cases out"
         )
-    if pseudonym_key is not None and (in_tree or str(dataset_dir) == PHANTOMS):
+    named = in_tree or str(dataset_dir) == PHANTOMS or fold_order == "listed"
+    if pseudonym_key is not None and named:
         raise ValueError(
-            "pseudonym_key: not for trees, whose images keep their places, or phantoms"
+            "pseudonym_key: not for trees, whose images keep their places, for phantoms, or with "
+            "fold_order listed, which follows the names"
         )
     if num_folds < 1:
         raise ValueError(f"num_folds: {num_folds}; at least 1 is needed")
