@@ -136,6 +136,12 @@ def test_a_store_of_other_settings_is_refused(folder):
     assert "holds another run (facts" in str(error.value.__cause__)
 
 
+def test_a_license_that_says_nothing_is_refused(folder):
+    with pytest.raises(RuntimeError) as error:
+        synthesize(folder, "unlicensed", license=None)
+    assert "license: None; name the terms" in str(error.value.__cause__)
+
+
 def test_the_same_bytes_are_made_again_from_what_the_files_say(folder):
     threads = torch.get_num_threads()
     audits = audit(folder, "synthetic")
@@ -159,6 +165,9 @@ def rewritten(path: Path, **changes) -> None:
         ({"case": "nobody"}, "has no slice 0 of case nobody"),
         ({"seed": 5}, "its pixels differ by up to .*; no other program or processor explains it"),
         ({"seed": 5, "machine": "cpu abacus"}, "may be rounding: machine cpu abacus there"),
+        ({"machine": "cuda abacus"}, "not made again: made on cuda abacus"),
+        ({"edge_sha256": "0" * 64}, "edge_sha256 is 000.*\nnot made again: .* no such edge"),
+        ({"backbone_sha256": "0" * 64}, "not made again: model or backbone here are others"),
     ],
 )
 def test_other_facts_are_named(folder, tmp_path, changes, named):

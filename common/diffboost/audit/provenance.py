@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -182,29 +183,34 @@ def _compare_with_store(audits: Sequence[FileAudit], store_dir: str | Path) -> N
 def _make_again(audits: Sequence[FileAudit], generator_dir: str, backbone: str | None) -> None:
     """Makes files again whose generator, backbone and edge are here, and compares the bytes."""
     model = read_generator(generator_dir)["model_sha256"]
-    names: dict[str, str] = {}
+    chosen: dict[str, list[FileAudit]] = {}
     for audit in audits:
         name = backbone or audit.facts["backbone"]
-        right = audit.edge is not None and audit.facts["model_sha256"] == model
-        if right and audit.facts["backbone_sha256"] == _hash_of(name, audit):
-            names[str(audit.path)] = name
+        reason = _missing(audit, model, name)
+        if reason:
+            audit.failures.append(f"not made again: {reason}")
         else:
-            audit.failures.append("not made again: edge, model or backbone here are others")
-    for name in sorted(set(names.values())):
-        chosen = [audit for audit in audits if names.get(str(audit.path)) == name]
-        files = [{**audit.facts, "edge": audit.edge} for audit in chosen]
+            chosen.setdefault(name, []).append(audit)
+    for name, same_backbone in chosen.items():
+        files = [{**audit.facts, "edge": audit.edge} for audit in same_backbone]
         made = regenerate(files, generator_dir, name)
         for number, data in tqdm(made, "made again", total=len(files), unit="PNG"):
-            _compare_bytes(chosen[number], data)
+            _compare_bytes(same_backbone[number], data)
 
 
-def _hash_of(backbone: str, audit: FileAudit) -> str | None:
-    """Hash of a backbone that is here."""
+def _missing(audit: FileAudit, model_sha256: str, backbone: str) -> str:
+    """What a file would need to be made again and is not here; "" if all is."""
     try:
-        return backbone_sha256(backbone)
+        here = backbone_sha256(backbone)
     except FileNotFoundError:
-        audit.failures.append(f"backbone: {backbone!r} is not here by this name; give its folder")
-        return None
+        return f"no backbone by the name {backbone!r} is here; give its folder"
+    if audit.edge is None:
+        return "the slice store has no such edge"
+    if audit.facts["model_sha256"] != model_sha256 or audit.facts["backbone_sha256"] != here:
+        return "model or backbone here are others"
+    if audit.facts["machine"].startswith("cuda") and not torch.cuda.is_available():
+        return f"made on {audit.facts['machine']}, and there is no such device here"
+    return ""
 
 
 def _compare_bytes(audit: FileAudit, data: bytes) -> None:

@@ -202,10 +202,26 @@ def variant_facts(
     image_size: int,
     license: str,
 ) -> dict:
-    """What all variants of a run share, a column each in the manifest: generator, sampler, seed.
+    """What all variants of a run share; stands in each of them and in the manifest.
 
-    A backbone in a local folder is named by the folder alone: a path says who used which machine.
+    Args:
+        generator_dir: its model and lineage are named by their hashes.
+        backbone: named, and hashed; a local folder by its last name alone, for a whole path says
+            who used which machine.
+        seed, noise_address: of the noise.
+        scheduler, num_inference_steps, guidance_scale, control_scale, precision: of ``VariantInferer``.
+        prompt_weights, image_size: of :class:`VariantConditions`.
+        batch_size: variants a pass, on which rounding depends.
+        license: terms of the variants, in words.
+
+    Raises:
+        FileNotFoundError: generator or backbone is not there.
+        ValueError: ``license`` says nothing.
+
+    Source: engineering choice (issue 5, "Provenance").
     """
+    if not license or not str(license).strip():
+        raise ValueError(f"license: {license!r}; name the terms of the variants in words")
     generator = read_generator(generator_dir)
     local = Path(backbone).expanduser().exists()
     facts = {
