@@ -209,7 +209,7 @@ def variant_facts(
         backbone: named, and hashed; a local folder by its last name alone, for a whole path says
             who used which machine.
         seed, noise_address: of the noise.
-        scheduler, num_inference_steps, guidance_scale, control_scale, precision: of ``VariantInferer``.
+        scheduler, num_inference_steps, guidance_scale, control_scale, precision: of the inferer.
         prompt_weights, image_size: of :class:`VariantConditions`.
         batch_size: variants a pass, on which rounding depends.
         license: terms of the variants, in words.
