@@ -138,8 +138,8 @@ def test_a_store_of_other_settings_is_refused(folder):
 
 def test_a_license_that_says_nothing_is_refused(folder):
     with pytest.raises(RuntimeError) as error:
-        synthesize(folder, "unlicensed", license=None)
-    assert "license: None; name the terms" in str(error.value.__cause__)
+        synthesize(folder, "unlicensed", license=" ")
+    assert "license: ' '; name the terms" in str(error.value.__cause__)
 
 
 def test_the_same_bytes_are_made_again_from_what_the_files_say(folder):

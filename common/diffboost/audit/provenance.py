@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from diffboost.data.slices import read_store, sha256_of_files
+from diffboost.data.slices import read_store
+from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256
 from diffboost.generation.provenance import FACTS, is_intact, is_sealed, machine_facts, read_facts
 from diffboost.generation.regeneration import regenerate

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffboost.data.sources import Case
+from diffboost.files import write_json
 
 KEY_BYTES = 32
 SOURCES = "sources.json"
@@ -77,9 +78,7 @@ def write_sources(home: Path, source_dir: str, sources: Mapping[str, Sequence[st
 
     Source: engineering choice.
     """
-    home.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"source_dir": source_dir, "cases": dict(sources)}, indent=1)
-    (home / SOURCES).write_text(text + "\n", encoding="utf-8")
+    write_json(home / SOURCES, {"source_dir": source_dir, "cases": dict(sources)})
 
 
 def read_sources(store_dir: Path) -> tuple[Path, dict[str, tuple[str, str]]]:

@@ -12,7 +12,7 @@ import pandas as pd
 from ignite.engine import Engine, Events
 
 from diffboost.data.addresses import ProcessBatches
-from diffboost.data.slices import sha256_of_files
+from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.provenance import (
     RUN_FACTS,
     VARIANT_FACTS,
@@ -22,8 +22,8 @@ from diffboost.generation.provenance import (
     read_facts,
     variant_png,
 )
-from diffboost.handlers import refuse_other_run, resume_run, write_aside
 from diffboost.processes import is_main_process, wait_for_processes
+from diffboost.runs import RECORD, refuse_other_run, resume_run
 
 logger = logging.getLogger(__name__)
 
@@ -60,22 +60,29 @@ def begin_store(output_dir: str, partial_dir: str, settings: Mapping[str, object
     Source: engineering choice (issue 5, "Synthesis exactly once").
     """
     output, partial = Path(output_dir), Path(partial_dir)
-    record = output / "run.json"
-    finished = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    ratio = finished.get("ratio", settings["ratio"])
+    _refuse_other_store(output, settings)
+    resume_run(partial, settings)
+    _refuse_other_store(output, settings)  # one that was stopped while it was moved is there now
+    if is_main_process():
+        for path in partial.glob("images/*.partial"):
+            path.unlink()
+        if (output / RECORD).is_file():
+            _take_up(output, partial)
+    wait_for_processes()
+
+
+def _refuse_other_store(output: Path, settings: Mapping) -> None:
+    """Raises where a finished store cannot be extended to what is wanted."""
+    record = output / RECORD
+    ratio = settings["ratio"]
+    if record.is_file():
+        ratio = json.loads(record.read_text(encoding="utf-8")).get("ratio", ratio)
     refuse_other_run(output, {**settings, "ratio": ratio})
     if ratio > settings["ratio"]:
         raise ValueError(
             f"ratio: {settings['ratio']}, but {output} has {ratio} variants a slice and a store "
             "loses none; keep it and give segmentation num_variants, or name another output_dir"
         )
-    resume_run(partial, settings)
-    if is_main_process():
-        for path in partial.glob("images/*.partial"):
-            path.unlink()
-        if finished:
-            _take_up(output, partial)
-    wait_for_processes()
 
 
 def _take_up(finished: Path, partial: Path) -> None:
