@@ -38,7 +38,7 @@ RUN_FACTS = {
     "seed": int, "noise_address": str, "scheduler": str, "num_inference_steps": int,
     "guidance_scale": float, "control_scale": float, "prompt_weights": str, "precision": str,
     "batch_size": int, "image_size": int, "backbone": str, "backbone_sha256": str,
-    "model_sha256": str, "lineage_sha256": str, "license": str,
+    "model_sha256": str, "lineage_sha256": str, "license": str, "purpose": str,
 }  # fmt: skip
 MACHINE_FACTS = {"versions": str, "machine": str, "threads": int, "matmul_precision": str}
 FACTS = {**VARIANT_FACTS, **RUN_FACTS, **MACHINE_FACTS}
@@ -46,6 +46,20 @@ FACTS = {**VARIANT_FACTS, **RUN_FACTS, **MACHINE_FACTS}
 _SEAL = b"tEXt" + f"{PREFIX}file_sha256".encode() + b"\0"
 _NO_HASH = b"0" * 64
 _END = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+
+
+def backbone_name(backbone: str) -> str:
+    """What a file calls its backbone: a hub id whole, of a path the last name.
+
+    A whole path would say who used which machine.
+
+    Args:
+        backbone: as ``resolve_backbone`` takes it.
+
+    Source: engineering choice.
+    """
+    is_path = backbone.startswith((".", "/", "~")) or backbone.count("/") != 1
+    return Path(backbone).name if is_path or Path(backbone).exists() else backbone
 
 
 def machine_facts(device: str | torch.device) -> dict:

@@ -1,7 +1,7 @@
 """Synthesis: variants to make of training slices and phrases, and their conditions."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -96,13 +96,25 @@ def variant_items(
     slices = slice_items(
         store_dir, fold=fold, part="training", min_foreground_px=min_foreground_px, **selection
     )
-    hashes = read_store(store_dir).source_sha256()
-    slices = [{**item, "source_sha256": hashes[item["case"]]} for item in slices]
+    slices = with_source_hashes(store_dir, slices)
     return [
         {**item, "variant": variant, "phrase": augmentation_phrase(variant), "seed": seed}
         for variant in range(ratio)
         for item in slices
     ]
+
+
+def with_source_hashes(store_dir: str, slices: Iterable[dict]) -> list[dict]:
+    """Items of slices, each with the hash of its case's files under ``source_sha256``.
+
+    Args:
+        store_dir: the slice store.
+        slices: as ``slice_items`` gives them.
+
+    Source: engineering choice (issue 5, "Provenance").
+    """
+    hashes = read_store(store_dir).source_sha256()
+    return [{**item, "source_sha256": hashes[item["case"]]} for item in slices]
 
 
 class VariantConditions(Transform):
@@ -201,18 +213,19 @@ def variant_facts(
     batch_size: int,
     image_size: int,
     license: str,
+    purpose: str = "training of a segmenter",
 ) -> dict:
     """What all variants of a run share; stands in each of them and in the manifest.
 
     Args:
         generator_dir: its model and lineage are named by their hashes.
-        backbone: named, and hashed; a local folder by its last name alone, for a whole path says
-            who used which machine.
+        backbone: named, and hashed.
         seed, noise_address: of the noise.
         scheduler, num_inference_steps, guidance_scale, control_scale, precision: of the inferer.
         prompt_weights, image_size: of :class:`VariantConditions`.
         batch_size: variants a pass, on which rounding depends.
         license: terms of the variants, in words.
+        purpose: what they are for, in words.
 
     Raises:
         FileNotFoundError: generator or backbone is not there.
@@ -223,7 +236,6 @@ def variant_facts(
     if not license or not str(license).strip():
         raise ValueError(f"license: {license!r}; name the terms of the variants in words")
     generator = read_generator(generator_dir)
-    local = Path(backbone).expanduser().exists()
     facts = {
         "seed": seed,
         "noise_address": noise_address,
@@ -235,11 +247,12 @@ def variant_facts(
         "precision": precision,
         "batch_size": batch_size,
         "image_size": image_size,
-        "backbone": Path(backbone).name if local else backbone,
+        "backbone": backbone,
         "backbone_sha256": backbone_sha256(backbone),
         "model_sha256": generator["model_sha256"],
         "lineage_sha256": generator["lineage_sha256"],
         "license": license,
+        "purpose": purpose,
     }
     return {name: kind(facts[name]) for name, kind in RUN_FACTS.items()}
 

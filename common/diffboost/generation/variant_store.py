@@ -16,6 +16,7 @@ from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.provenance import (
     RUN_FACTS,
     VARIANT_FACTS,
+    backbone_name,
     is_intact,
     is_whole,
     machine_facts,
@@ -168,6 +169,7 @@ class VariantWriter:
             done.add(key)
             own = self.items[key] | {"edge_sha256": sha256_of_files([self.items[key]["edge"]])}
             facts = {name: own[name] for name in VARIANT_FACTS} | dict(self.facts) | machine
+            facts["backbone"] = backbone_name(facts["backbone"])
             data = variant_png(image[0], facts)
             write_aside(path, functools.partial(Path.write_bytes, data=data))
 
@@ -191,7 +193,8 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
             raise FileNotFoundError(
                 f"output_dir: {output_dir} lacks {_file_of(item)}; run synthesis again"
             )
-        told = _told_by(path, {**facts, **item, "batch_place": place})
+        name = backbone_name(facts["backbone"])
+        told = _told_by(path, {**facts, **item, "batch_place": place, "backbone": name})
         rows.append(
             {
                 "image": _file_of(item),
@@ -201,6 +204,7 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
                 **{name: told[name] for name in ("prompt", "phrase")},
                 "phrase_weight": json.loads(facts["prompt_weights"]).get("phrase", 0.0),
                 **told,
+                "backbone": facts["backbone"],
                 "sha256": sha256_of_files([path]),
                 "kept": True,
                 "reason": "",
