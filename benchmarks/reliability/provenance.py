@@ -1,6 +1,6 @@
 """Whether synthetic files regenerate byte for byte, and whether edits of one byte are found.
 
-    python benchmarks/reliability/provenance.py [--files 200] [--seed 0]
+    python benchmarks/reliability/provenance.py [--files 200] [--image_size 64] [--seed 0]
 
 Prepares phantoms, makes half of the variants by the bundle's config (tiny backbone, its own
 branch), extends the store to all of them, and draws so many files. Each is made again from what it
@@ -28,14 +28,14 @@ from diffboost.handlers import save_weights
 from diffboost.prepare import prepare
 
 CONFIG = Path(__file__).parents[2] / "bundles/diffboost_synthesis/configs/inference.yaml"
-PHANTOMS = {"num_training": 6, "num_test": 1, "size_px": 64, "num_slices": 8}
+PHANTOMS = {"num_training": 6, "num_test": 1, "num_slices": 8}
 
 
-def make_ready(folder: Path, seed: int) -> int:
+def make_ready(folder: Path, image_size: int, seed: int) -> int:
     """A slice store and a generator with the backbone's own branch; how many slices are varied."""
     prepare(
-        "phantoms", folder / "store", "phantom_organ", 64, "gradient", num_folds=3, seed=seed,
-        phantoms=PHANTOMS, group_duplicates=False,
+        "phantoms", folder / "store", "phantom_organ", image_size, "gradient", num_folds=3,
+        seed=seed, phantoms=PHANTOMS | {"size_px": image_size}, group_duplicates=False,
     )  # fmt: skip
     save_weights(ControlledUNet("tiny"), folder / "generator" / "model.pt")
     lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
@@ -43,7 +43,7 @@ def make_ready(folder: Path, seed: int) -> int:
     return len(slice_items(folder / "store", 0, "training"))
 
 
-def synthesize(folder: Path, ratio: int, seed: int) -> dict[str, bytes]:
+def synthesize(folder: Path, ratio: int, image_size: int, seed: int) -> dict[str, bytes]:
     """The files of the store, with so many variants a slice."""
     monai.bundle.run(
         config_file=str(CONFIG),
@@ -52,6 +52,7 @@ def synthesize(folder: Path, ratio: int, seed: int) -> dict[str, bytes]:
         generator_dir=str(folder / "generator"),
         output_dir=str(folder / "synthetic"),
         ratio=ratio,
+        image_size=image_size,
         seed=seed,
         num_measured=1,
     )
@@ -72,10 +73,11 @@ def audit_edits(files: dict[str, bytes], folder: Path, seed: int) -> list[FileAu
 
 def measure(folder: Path, options: argparse.Namespace) -> dict:
     """The figures."""
-    ratio = 2 * math.ceil(options.files / make_ready(folder, options.seed) / 2)
-    half = synthesize(folder, ratio // 2, options.seed)
+    settings = options.image_size, options.seed
+    ratio = 2 * math.ceil(options.files / make_ready(folder, *settings) / 2)
+    half = synthesize(folder, ratio // 2, *settings)
     start = time.monotonic()
-    whole = synthesize(folder, ratio, options.seed)
+    whole = synthesize(folder, ratio, *settings)
     extending = time.monotonic() - start
     drawn = np.random.RandomState(options.seed).permutation(sorted(whole))[: options.files]
     start = time.monotonic()
@@ -102,6 +104,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
         "seconds_extending": round(extending, 1),
         "seconds_regenerating": round(again, 1),
         "ms_verifying_a_file": round(1000 * verifying / len(drawn), 2),
+        "image_size": options.image_size,
         "bytes_a_file": round(np.mean([len(data) for data in whole.values()])),
     }
 
@@ -110,6 +113,7 @@ def main() -> None:
     """Prints the figures as JSON; exits with 1 where one is not as promised."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", type=int, default=200)
+    parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.disable(logging.WARNING)
