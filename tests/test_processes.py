@@ -146,7 +146,7 @@ def test_an_interrupted_synthesis_is_taken_up(folder):
     (partial / "images").mkdir(parents=True)
     manifest = pd.read_parquet(whole / "manifest.parquet")
     assert list(manifest.batch_place[:9]) == [0, 1, 2, 3, 4, 5, 6, 0, 1]
-    for image in manifest.image[:9]:  # the first batch is whole, the second is not
+    for image in manifest.image[:9]:  # the first batch is whole, the second is made for its rest
         shutil.copy(whole / image, partial / image)
         os.utime(partial / image, (0, 0))
     shutil.copy(whole / "run.json", partial)
@@ -156,7 +156,7 @@ def test_an_interrupted_synthesis_is_taken_up(folder):
     assert "resumed.partial holds another run" in str(error.value.__cause__)
     run(**settings)
     files = [folder / "resumed" / image for image in manifest.image]
-    assert [file.stat().st_mtime == 0 for file in files] == [True] * 7 + [False] * 23
+    assert [file.stat().st_mtime == 0 for file in files] == [True] * 9 + [False] * 21
     for file, image in zip(files, manifest.image, strict=True):
         assert file.read_bytes() == (whole / image).read_bytes()
     assert not partial.exists()

@@ -13,6 +13,7 @@ from diffboost.conditions.edges import EdgeDetector, detection_size, load_edge_d
 from diffboost.data.addresses import address_seed
 from diffboost.data.downloads import decathlon_folder, decathlon_places
 from diffboost.data.phantoms import write_decathlon_task, write_radimagenet_tree
+from diffboost.data.pseudonyms import hide_names, home_of, pseudonym, read_key
 from diffboost.data.sources import Case, read_source
 from diffboost.data.splits import assign_folds
 from diffboost.data.tasks import change_task, read_task
@@ -49,6 +50,7 @@ def prepare(
     fold_order: str = "drawn",
     group_duplicates: bool = True,
     validation_fraction: float = 0.0,
+    pseudonym_key: str | Path | None = None,
     download: bool = False,
     phantoms: Mapping | None = None,
     device: str | torch.device = "cpu",
@@ -84,6 +86,8 @@ def prepare(
             a tree.
         validation_fraction: share of a tree's images in [0, 1) that become section test, drawn by
             seed and path; at least one image unless it is 0.
+        pseudonym_key: file of a secret, made where there is none: cases get pseudonyms, and what
+            names their files goes to ``<store_dir>.home``; not for a tree. None: own names.
         download: get the task's data set by MONAI if ``dataset_dir`` does not hold it.
         phantoms: arguments of the phantoms' writer (``num_images``, ``num_training``, …).
         device: where edges are computed.
@@ -108,6 +112,12 @@ def prepare(
             f"validation_fraction: {validation_fraction}; in [0, 1) for layout radimagenet, "
             "0 for others, whose folds hold cases out"
         )
+    named = in_tree or str(dataset_dir) == PHANTOMS or fold_order == "listed"
+    if pseudonym_key is not None and named:
+        raise ValueError(
+            "pseudonym_key: not for trees, whose images keep their places, for phantoms, or with "
+            "fold_order listed, which follows the names"
+        )
     if num_folds < 1:
         raise ValueError(f"num_folds: {num_folds}; at least 1 is needed")
     store_dir = Path(store_dir).resolve()
@@ -123,6 +133,7 @@ def prepare(
         "fold_order": fold_order,
         "group_duplicates": group_duplicates and not in_tree,
         "num_cases": num_cases,
+        "pseudonyms": None,
         "phantoms": dict(phantoms or {}) if str(dataset_dir) == PHANTOMS else None,
         "seed": seed,
     }
@@ -134,12 +145,23 @@ def prepare(
             wanted["source_dir"] = os.path.abspath(
                 _find_source(dataset_dir, task, store_dir, download)
             )
-        if not in_place(store_dir, wanted):
+        key = None if pseudonym_key is None else read_key(pseudonym_key, store_dir)
+        if not in_place(store_dir, _shown(wanted, key)):
             _check_source(store_dir, wanted)
-            write = _write_tree if in_tree else _write_cases
-            write(store_dir, wanted, (edge_weights, device), limits)
+            if in_tree:
+                _write_tree(store_dir, wanted, (edge_weights, device), limits)
+            else:
+                _write_cases(store_dir, wanted, (edge_weights, device), limits, key)
     wait_for_processes()
     return store_dir
+
+
+def _shown(wanted: Mapping, key: bytes | None) -> Mapping:
+    """What dataset.json says: with pseudonyms no source folder, but by which secret they are."""
+    if key is None:
+        return wanted
+    hidden = pseudonym("folder", wanted["source_dir"], key)
+    return {**wanted, "source_dir": hidden, "pseudonyms": pseudonym("key", "", key)}
 
 
 def _find_source(dataset_dir: str | Path, task: Mapping, store_dir: Path, download: bool) -> Path:
@@ -178,19 +200,27 @@ def _load_detector(wanted: Mapping, weights: str | Path | None, device) -> EdgeD
     return detector or load()
 
 
-def _write_cases(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping) -> None:
-    """Writes a store of labelled cases, in this process; goes on with one that was interrupted."""
+def _write_cases(
+    store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping, key: bytes | None
+) -> None:
+    """Writes a store of labelled cases, in this process; goes on with one that was interrupted.
+
+    With a key its cases have pseudonyms.
+    """
     choice = wanted["preprocessing"]
     detector = load_edge_detector(choice["edges"], edges[0], choice["hed_size_px"], edges[1])
     weights = {"weights": detector.weights_sha256}
-    with partial_store(store_dir, {**wanted, **weights}) as partial_dir:
+    with partial_store(store_dir, {**_shown(wanted, key), **weights}) as partial_dir:
         root = partial_dir / wanted["source_dir"]
         _make_phantoms(root, wanted)
         source = read_source(root, wanted["task"])
+        if key is not None:
+            source.cases = hide_names(source.cases, key)
         source.cases = _limit(
-            source.cases, *(wanted[key] for key in ("num_cases", "num_folds", "seed", "fold_order"))
+            source.cases, *(wanted[n] for n in ("num_cases", "num_folds", "seed", "fold_order"))
         )
-        writer = StoreWriter(partial_dir, root, wanted, detector)
+        home = None if key is None else home_of(store_dir)
+        writer = StoreWriter(partial_dir, root, _shown(wanted, key), detector, home)
         writer.write_slices(source, limits["num_workers"])
         writer.write_index(limits["max_rejected_fraction"])
         move_store(partial_dir, store_dir)

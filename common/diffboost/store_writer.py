@@ -14,6 +14,7 @@ from diffboost.conditions.prompts import task_prompt
 from diffboost.contact_sheet import write_contact_sheet
 from diffboost.data.duplicates import find_duplicates, is_too_large
 from diffboost.data.loading import CaseDataset, LoadedCase
+from diffboost.data.pseudonyms import write_sources
 from diffboost.data.slices import (
     INDEX_COLUMNS,
     STORE_VERSION,
@@ -42,17 +43,25 @@ class StoreWriter:
         root: folder of the source files.
         wanted: task and parameters, as they go into dataset.json.
         detector: edges of images.
+        home: folder for what names the source files, where the cases have pseudonyms; then the
+            store names none. None: the index names them.
 
     Source: engineering choice (design, "Slice store").
     """
 
     def __init__(
-        self, store_dir: Path, root: Path, wanted: Mapping, detector: EdgeDetector
+        self,
+        store_dir: Path,
+        root: Path,
+        wanted: Mapping,
+        detector: EdgeDetector,
+        home: Path | None = None,
     ) -> None:
         self.store_dir = store_dir
         self.root = root
         self.wanted = wanted
         self.detector = detector
+        self.home = home
         self.rows: list[dict] = []
         self.rejected: list[tuple[str, str]] = []
         self.num_cases = 0
@@ -159,7 +168,7 @@ class StoreWriter:
         return row | {"sha256": sha256_of_files([self.store_dir / row["image"]])}
 
     def write_index(self, max_rejected_fraction: float) -> None:
-        """Writes rejected.csv, dataset.json, index.parquet and the contact sheet.
+        """Writes rejected.csv (at home, if there is one), the header, the index and the sheet.
 
         An interrupted run does this part anew, with the search for duplicates.
 
@@ -171,8 +180,13 @@ class StoreWriter:
         """
         check_rejected(self.rejected, self.num_cases, max_rejected_fraction)
         rejected = pd.DataFrame(self.rejected, columns=["file", "reason"])
-        rejected.to_csv(self.store_dir / "rejected.csv", index=False)
         index = pd.DataFrame(self.rows)
+        if self.home is not None:
+            names = index.drop_duplicates("case").set_index("case")
+            names = names[["source_image", "source_label"]].T.to_dict("list")
+            write_sources(self.home, str(self.root), names)
+            index[["source_image", "source_label"]] = ""
+        rejected.to_csv((self.home or self.store_dir) / "rejected.csv", index=False)
         index["group"] = self._groups(index)
         training = index.case[index.section == "training"].unique()
         num_folds = self.wanted["num_folds"]

@@ -1,6 +1,7 @@
 """The commands `diffboost audit …`; each imports its module late, for torch takes seconds."""
 
 import logging
+import sys
 
 logger = logging.getLogger(__name__)
 
@@ -42,4 +43,31 @@ def leaks(
     logger.info("no leak in %s", store_dir)
 
 
-AUDITS = {"leaks": leaks}
+def provenance(
+    path: str,
+    store_dir: str | None = None,
+    generator_dir: str | None = None,
+    backbone: str | None = None,
+    regenerate: bool = False,
+) -> None:
+    """Says what a synthetic PNG, or a folder of them, was made by, and verifies it; exits with 1.
+
+    Args:
+        path: a PNG, a synthetic store, or a folder.
+        store_dir: the slice store, whose hashes are compared with what the files say.
+        generator_dir: the generator's folder, with model.pt and lineage.json; likewise.
+        backbone: the one that the generator was finetuned on; likewise.
+        regenerate: make the files again from what they say and compare the bytes.
+    """
+    from diffboost.audit.provenance import audit_provenance, describe  # torch takes seconds
+
+    try:
+        audits = audit_provenance(path, store_dir, generator_dir, backbone, regenerate)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    sys.stdout.write("\n".join(describe(audits)) + "\n")
+    if any(audit.failures for audit in audits):
+        raise SystemExit(1)
+
+
+AUDITS = {"leaks": leaks, "provenance": provenance}

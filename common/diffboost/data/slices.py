@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffboost.data.items import SliceItems
+from diffboost.data.pseudonyms import read_sources
 from diffboost.data.splits import needs_names, select
 from diffboost.files import sha256_of_files  # noqa: F401
 
@@ -211,22 +212,27 @@ def case_items(
         of the oriented volume H, W, D; 1 means pixels in 2D).
 
     Raises:
-        FileNotFoundError: no slice store at ``store_dir``, or its source folder is gone.
+        FileNotFoundError: no slice store at ``store_dir``, its source folder is gone, or its cases
+            have pseudonyms and what names them is not here.
         ValueError: wrong part or fold, or an empty training fold.
 
     Source: engineering choice (protocol ``sound``: whole volumes at test).
     """
     store = read_store(store_dir)
-    if not store.source_dir.is_dir():
+    source_dir, names = store.source_dir, {}
+    if store.header.get("pseudonyms"):
+        source_dir, names = read_sources(store.store_dir)
+    if not source_dir.is_dir():
         raise FileNotFoundError(
-            f"{store.store_dir}: the source folder {store.source_dir} of this store is gone; "
+            f"{store.store_dir}: the source folder {source_dir} of this store is gone; "
             "whole-volume evaluation reads the source files"
         )
     rows = select(store.index, fold, part, inner_fraction, seed, num_cases)
     items = []
     for row in rows.drop_duplicates("case").to_dict("records"):
-        item = {"image": str(store.source_dir / row["source_image"]), "case": row["case"]}
-        labels = [str(store.source_dir / name) for name in row["source_label"].split("|") if name]
+        image, label = names.get(row["case"], (row["source_image"], row["source_label"]))
+        item = {"image": str(source_dir / image), "case": row["case"]}
+        labels = [str(source_dir / name) for name in label.split("|") if name]
         if labels:
             item["label"] = labels[0] if len(labels) == 1 else labels
         item["spacing_mm"] = [float(value) for value in row["spacing_mm"]]

@@ -1,7 +1,7 @@
 """Synthesis: variants to make of training slices and phrases, and their conditions."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,10 +9,11 @@ from monai.engines import PrepareBatch
 from monai.transforms import Transform
 
 from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
-from diffboost.data.slices import sha256_of_files, slice_items
+from diffboost.data.slices import read_store, sha256_of_files, slice_items
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.backbones import load_config
+from diffboost.generation.backbones import backbone_sha256, load_config
 from diffboost.generation.networks import ControlledUNet
+from diffboost.generation.provenance import RUN_FACTS
 from diffboost.generation.sampling import NOISE_ADDRESSES, variant_noise
 from diffboost.generation.text import embed_prompts, mix_embeddings
 from diffboost.knobs import nearest
@@ -67,6 +68,9 @@ def variant_items(
 ) -> list[dict]:
     """One item a variant to make: its source slice, its number, its phrase.
 
+    First come the variants 0 of all slices, then all variants 1, and so on: a larger ratio appends
+    items and moves none to another place in a batch, on which its rounding depends.
+
     Args:
         store_dir: the slice store.
         generator_dir: its generator must come from this fold.
@@ -92,18 +96,33 @@ def variant_items(
     slices = slice_items(
         store_dir, fold=fold, part="training", min_foreground_px=min_foreground_px, **selection
     )
+    slices = with_source_hashes(store_dir, slices)
     return [
         {**item, "variant": variant, "phrase": augmentation_phrase(variant), "seed": seed}
-        for item in slices
         for variant in range(ratio)
+        for item in slices
     ]
+
+
+def with_source_hashes(store_dir: str, slices: Iterable[dict]) -> list[dict]:
+    """Items of slices, each with the hash of its case's files under ``source_sha256``.
+
+    Args:
+        store_dir: the slice store.
+        slices: as ``slice_items`` gives them.
+
+    Source: engineering choice (issue 5, "Provenance").
+    """
+    hashes = read_store(store_dir).source_sha256()
+    return [{**item, "source_sha256": hashes[item["case"]]} for item in slices]
 
 
 class VariantConditions(Transform):
     """Noise, edge, prompt and negative prompt of one variant.
 
     Args:
-        data: all items, whose texts are embedded at once.
+        data: all items; each of their texts is embedded alone, so that no embedding depends on
+            which others there are.
         backbone: brings text encoder and latent shape.
         prompt_weights: weights of ``prompt``, ``phrase`` and ``style`` in the embedding's mix.
         image_size: side in pixels.
@@ -138,7 +157,7 @@ class VariantConditions(Transform):
         texts = {item["prompt"] + self._suffix() for item in data}
         texts |= {item["phrase"] for item in data} | {STYLE_PROMPT, NEGATIVE_PROMPT}
         texts = sorted(texts)
-        embeddings = embed_prompts(backbone, texts, device)
+        embeddings = embed_prompts(backbone, texts, device, batch_size=1)
         self.embedding = dict(zip(texts, embeddings, strict=True))
 
     def _suffix(self) -> str:
@@ -192,10 +211,32 @@ def variant_facts(
     prompt_weights: Mapping[str, float],
     precision: str,
     batch_size: int,
+    image_size: int,
+    license: str,
+    purpose: str = "training of a segmenter",
 ) -> dict:
-    """What all variants of a run share, a column each in the manifest: generator, sampler, seed."""
+    """What all variants of a run share; stands in each of them and in the manifest.
+
+    Args:
+        generator_dir: its model and lineage are named by their hashes.
+        backbone: named, and hashed.
+        seed, noise_address: of the noise.
+        scheduler, num_inference_steps, guidance_scale, control_scale, precision: of the inferer.
+        prompt_weights, image_size: of :class:`VariantConditions`.
+        batch_size: variants a pass, on which rounding depends.
+        license: terms of the variants, in words.
+        purpose: what they are for, in words.
+
+    Raises:
+        FileNotFoundError: generator or backbone is not there.
+        ValueError: ``license`` says nothing.
+
+    Source: engineering choice (issue 5, "Provenance").
+    """
+    if not license or not str(license).strip():
+        raise ValueError(f"license: {license!r}; name the terms of the variants in words")
     generator = read_generator(generator_dir)
-    return {
+    facts = {
         "seed": seed,
         "noise_address": noise_address,
         "scheduler": scheduler,
@@ -205,7 +246,29 @@ def variant_facts(
         "prompt_weights": json.dumps(dict(prompt_weights), sort_keys=True),
         "precision": precision,
         "batch_size": batch_size,
+        "image_size": image_size,
         "backbone": backbone,
+        "backbone_sha256": backbone_sha256(backbone),
         "model_sha256": generator["model_sha256"],
         "lineage_sha256": generator["lineage_sha256"],
+        "license": license,
+        "purpose": purpose,
     }
+    return {name: kind(facts[name]) for name, kind in RUN_FACTS.items()}
+
+
+def variant_settings(facts: Mapping) -> tuple[dict, dict]:
+    """The keyword arguments that made a variant, out of its facts.
+
+    Args:
+        facts: as ``variant_facts`` gives them or a file says them.
+
+    Returns:
+        Those of :class:`VariantConditions` and those of ``VariantInferer``.
+
+    Source: engineering choice.
+    """
+    conditions = {name: facts[name] for name in ("image_size", "noise_address")}
+    conditions["prompt_weights"] = json.loads(facts["prompt_weights"])
+    names = ("scheduler", "num_inference_steps", "guidance_scale", "control_scale", "precision")
+    return conditions, {name: facts[name] for name in names}

@@ -3,6 +3,8 @@
 import functools
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,9 +12,19 @@ import pandas as pd
 from ignite.engine import Engine, Events
 
 from diffboost.data.addresses import ProcessBatches
-from diffboost.data.slices import write_image
-from diffboost.handlers import write_aside
+from diffboost.files import sha256_of_files, write_aside
+from diffboost.generation.provenance import (
+    RUN_FACTS,
+    VARIANT_FACTS,
+    backbone_name,
+    is_intact,
+    is_whole,
+    machine_facts,
+    read_facts,
+    variant_png,
+)
 from diffboost.processes import is_main_process, wait_for_processes
+from diffboost.runs import RECORD, refuse_other_run, resume_run
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +43,74 @@ def _placed(data: Sequence[dict], facts: Mapping) -> Iterator[tuple[dict, int]]:
     return ((item, position % facts["batch_size"]) for position, item in enumerate(data))
 
 
+def begin_store(output_dir: str, partial_dir: str, settings: Mapping[str, object]) -> None:
+    """Start a synthetic store, take up an interrupted one, or extend a finished one.
+
+    A finished store of the same settings, its ratio equal or smaller, gives its variants to the
+    partial folder by hard links; it stays whole until the new store replaces it. A variant whose
+    file is not the one of the manifest's hash is left out and made again.
+
+    Args:
+        output_dir: where the store belongs.
+        partial_dir: where it is made.
+        settings: what the run is.
+
+    Raises:
+        ValueError: one of the folders holds another run, or more variants a slice.
+
+    Source: engineering choice (issue 5, "Synthesis exactly once").
+    """
+    output, partial = Path(output_dir), Path(partial_dir)
+    _refuse_other_store(output, settings)
+    resume_run(partial, settings)
+    _refuse_other_store(output, settings)  # one that was stopped while it was moved is there now
+    if is_main_process():
+        for path in partial.glob("images/*.partial"):
+            path.unlink()
+        if (output / RECORD).is_file():
+            _take_up(output, partial)
+    wait_for_processes()
+
+
+def _refuse_other_store(output: Path, settings: Mapping) -> None:
+    """Raises where a finished store cannot be extended to what is wanted."""
+    record = output / RECORD
+    ratio = settings["ratio"]
+    if record.is_file():
+        ratio = json.loads(record.read_text(encoding="utf-8")).get("ratio", ratio)
+    refuse_other_run(output, {**settings, "ratio": ratio})
+    if ratio > settings["ratio"]:
+        raise ValueError(
+            f"ratio: {settings['ratio']}, but {output} has {ratio} variants a slice and a store "
+            "loses none; keep it and give segmentation num_variants, or name another output_dir"
+        )
+
+
+def _take_up(finished: Path, partial: Path) -> None:
+    """Links a finished store's variants into a partial folder."""
+    manifest = pd.read_parquet(finished / "manifest.parquet", columns=["image", "sha256"])
+    (partial / "images").mkdir(exist_ok=True)
+    damaged, copied = [], 0
+    for image, sha256 in zip(manifest.image, manifest.sha256, strict=True):
+        source, target = finished / image, partial / image
+        if target.exists():
+            continue
+        if not source.is_file() or sha256_of_files([source]) != sha256:
+            damaged.append(image)
+            continue
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without hard links
+            write_aside(target, functools.partial(shutil.copyfile, source))
+            copied += 1
+    logger.info("%s: %d variants are there already, %d of them copied", finished,
+                len(manifest) - len(damaged), copied)  # fmt: skip
+    if damaged:
+        logger.warning("%s: damaged or missing, made again: %s", finished, ", ".join(damaged))
+
+
 class VariantBatches(ProcessBatches):
-    """The batches whose files are not all there yet: an interrupted run is taken up.
+    """The batches whose files are not all there and intact: an interrupted run is taken up.
 
     Args:
         data: the variants' items.
@@ -44,20 +122,23 @@ class VariantBatches(ProcessBatches):
 
     def __init__(self, data: Sequence[dict], batch_size: int, output_dir: str) -> None:
         super().__init__(data, batch_size)
-        files = [Path(output_dir) / _file_of(item) for item in data]
+        folder = Path(output_dir)
         self.batches = [
-            batch for batch in self.batches if not all(files[i].is_file() for i in batch)
+            batch
+            for batch in self.batches
+            if not all(is_whole(folder / _file_of(data[i])) for i in batch)
         ]
 
 
 class VariantWriter:
-    """Writes each variant as 16-bit PNG that says how it was made.
+    """Writes each variant as 16-bit PNG that says how it was made; files in place stay as they are.
 
     Args:
         output_dir: the synthetic store.
         data: the variants' items, in the order of :class:`VariantBatches`.
-        facts: written into every PNG, beside what differs: case, slice, variant, prompt, phrase and
-            the place in the batch.
+        facts: what all variants share, see ``variant_facts``; written into every PNG beside what
+            differs (case, slice, variant, prompt, phrase, place in the batch, edge, source) and
+            what this machine is.
 
     Source: engineering choice (design, "Synthetic store").
     """
@@ -76,27 +157,29 @@ class VariantWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._write)
 
     def _write(self, engine: Engine) -> None:
-        batch, images = engine.state.batch, engine.state.output["pred"].float().cpu().numpy()
+        batch, predictions = engine.state.batch, engine.state.output["pred"]
+        machine = machine_facts(predictions.device)
+        images = predictions.float().cpu().numpy()
         keys = zip(batch["case"], batch["slice"].tolist(), batch["variant"].tolist(), strict=True)
         done = set()
         for key, image in zip(keys, images, strict=True):
-            if key in done:  # a copy that fills the last batch
+            path = self.output_dir / variant_file(*key)
+            if key in done or is_whole(path):  # a copy that fills the last batch, or made before
                 continue
             done.add(key)
-            names = ("case", "slice", "variant", "prompt", "phrase", "batch_place")
-            facts = {name: self.items[key][name] for name in names} | dict(self.facts)
-            text = {f"diffboost:{name}": value for name, value in facts.items()}
-            write_aside(
-                self.output_dir / variant_file(*key),
-                functools.partial(write_image, image=image[0], text=text),
-            )
+            own = self.items[key] | {"edge_sha256": sha256_of_files([self.items[key]["edge"]])}
+            facts = {name: own[name] for name in VARIANT_FACTS} | dict(self.facts) | machine
+            facts["backbone"] = backbone_name(facts["backbone"])
+            data = variant_png(image[0], facts)
+            write_aside(path, functools.partial(Path.write_bytes, data=data))
 
 
 def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
-    """Write ``manifest.parquet``, a row a variant, once every file is there.
+    """Write ``manifest.parquet`` from what the files say, once all are there.
 
     Raises:
         FileNotFoundError: a variant has no file.
+        ValueError: a file is damaged, or another variant than its name says.
 
     Source: engineering choice (design, "Synthetic store").
     """
@@ -105,19 +188,24 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
         return
     rows = []
     for item, place in _placed(data, facts):
-        image = _file_of(item)
-        if not (Path(output_dir) / image).is_file():
-            raise FileNotFoundError(f"output_dir: {output_dir} lacks {image}; run synthesis again")
+        path = Path(output_dir) / _file_of(item)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"output_dir: {output_dir} lacks {_file_of(item)}; run synthesis again"
+            )
+        name = backbone_name(facts["backbone"])
+        told = _told_by(path, {**facts, **item, "batch_place": place, "backbone": name})
         rows.append(
             {
-                "image": image,
+                "image": _file_of(item),
                 **{name: item[name] for name in ("case", "slice", "variant", "label")},
                 "source_image": item["image"],
                 "edge": item["edge"],
-                **{name: item[name] for name in ("prompt", "phrase")},
+                **{name: told[name] for name in ("prompt", "phrase")},
                 "phrase_weight": json.loads(facts["prompt_weights"]).get("phrase", 0.0),
-                "batch_place": place,
-                **facts,
+                **told,
+                "backbone": facts["backbone"],
+                "sha256": sha256_of_files([path]),
                 "kept": True,
                 "reason": "",
             }
@@ -125,3 +213,19 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
     manifest = pd.DataFrame(rows)
     write_aside(Path(output_dir) / "manifest.parquet", manifest.to_parquet)
     logger.info("%d variants in %s", len(rows), output_dir)
+
+
+def _told_by(path: Path, expected: Mapping) -> dict:
+    """The facts of a variant's file, which must be those of the variant."""
+    data = path.read_bytes()
+    told = read_facts(data) if is_intact(data) else None
+    if told is None:
+        raise ValueError(f"output_dir: {path} is damaged; run synthesis again")
+    names = [name for name in (*VARIANT_FACTS, *RUN_FACTS) if name != "edge_sha256"]
+    different = [name for name in names if told[name] != expected[name]]
+    if different:
+        raise ValueError(
+            f"output_dir: {path} is another variant ({', '.join(different)} differ); remove it and "
+            "run synthesis again"
+        )
+    return told

@@ -1,0 +1,219 @@
+"""Variants exactly once, what each says of itself, and that every edit of it is found."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import small_backbone
+import torch
+from monai.bundle import run
+from PIL import Image, PngImagePlugin
+from torchrun import bundle_settings
+
+from diffboost.audit.commands import provenance
+from diffboost.audit.provenance import audit_provenance
+from diffboost.generation.lineage import write_lineage
+from diffboost.generation.networks import ControlledUNet
+from diffboost.generation.provenance import (
+    FACTS,
+    is_intact,
+    is_whole,
+    machine_facts,
+    read_facts,
+    variant_png,
+)
+from diffboost.handlers import save_weights
+from diffboost.prepare import prepare
+
+FACTS_OF_ONE = {name: kind("7") for name, kind in FACTS.items()} | machine_facts("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A store of 12 slices to vary, an untrained generator, and two variants of each slice."""
+    folder = tmp_path_factory.mktemp("provenance")
+    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": 4}
+    prepare(
+        "phantoms", folder / "store", "phantom_organ", 32, "gradient", num_folds=2,
+        phantoms=phantoms, group_duplicates=False,
+    )  # fmt: skip
+    small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
+    network = ControlledUNet(str(folder / "backbone"))
+    save_weights(network, folder / "generator" / "model.pt")
+    lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
+    write_lineage(folder / "generator" / "lineage.json", lineage)
+    torch.set_num_threads(1)
+    synthesize(folder, "synthetic")
+    return folder
+
+
+def synthesize(folder: Path, name: str, **knobs) -> Path:
+    """Two variants a slice, 5 a pass: 24 variants, the last pass not full."""
+    paths = {"store_dir": "store", "backbone": "backbone", "generator_dir": "generator"}
+    settings = {key: str(folder / value) for key, value in (paths | {"output_dir": name}).items()}
+    settings |= {"image_size": 32, "ratio": 2, "num_inference_steps": 2, "batch_size": 5}
+    settings |= {"device": "cpu", "num_measured": 2}
+    run(**bundle_settings("diffboost_synthesis", ["inference"], settings | knobs))
+    return folder / name
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((store / "images").iterdir())}
+
+
+def audit(folder: Path, name: str, again: bool = True) -> list:
+    return audit_provenance(
+        folder / name, folder / "store", folder / "generator", str(folder / "backbone"), again
+    )
+
+
+def test_a_file_says_in_words_that_it_is_synthetic_and_holds_all_facts():
+    data = variant_png(np.linspace(-1, 1, 64).reshape(8, 8), FACTS_OF_ONE)
+    assert is_intact(data) and read_facts(data) == FACTS_OF_ONE
+    assert b"Synthetic image, drawn by a generative model" in data
+
+
+def test_every_byte_is_sealed():
+    data = variant_png(np.zeros((4, 4)), FACTS_OF_ONE)
+    for place in range(len(data)):
+        edited = bytearray(data)
+        edited[place] ^= 1
+        assert not is_intact(bytes(edited)), place
+    assert not is_intact(data + b"\0") and not is_intact(data[:-1]) and not is_intact(b"")
+
+
+def test_manifest_and_files_say_the_same(folder):
+    manifest = pd.read_parquet(folder / "synthetic" / "manifest.parquet")
+    assert len(manifest) == 24 == len(contents(folder / "synthetic"))
+    assert list(manifest.variant) == [0] * 12 + [1] * 12
+    assert list(manifest.batch_place[:6]) == [0, 1, 2, 3, 4, 0]
+    audits = audit(folder, "synthetic", again=False)
+    assert not [failure for each in audits for failure in each.failures]
+    names = ["own hash", "manifest", "source", "edge", "prompt", "model", "lineage", "backbone"]
+    assert all(each.verified == names for each in audits)
+
+
+def test_a_larger_ratio_extends_a_store_and_changes_no_byte(folder):
+    shutil.copytree(folder / "synthetic", folder / "extended")
+    before = contents(synthesize(folder, "extended"))  # nothing to make
+    assert before == contents(folder / "synthetic")
+    inodes = {path.name: path.stat().st_ino for path in (folder / "extended/images").iterdir()}
+    after = contents(synthesize(folder, "extended", ratio=3))
+    assert len(after) == 36 and {name: after[name] for name in before} == before
+    links = {path.name: path.stat().st_ino for path in (folder / "extended/images").iterdir()}
+    assert {name: links[name] for name in inodes} == inodes
+    assert contents(synthesize(folder, "at_once", ratio=3)) == after
+    with pytest.raises(RuntimeError) as error:
+        synthesize(folder, "extended", ratio=1)
+    assert re.search("ratio: 1, but .* has 3 .* num_variants", str(error.value.__cause__))
+    assert contents(folder / "extended") == after and not (folder / "extended.partial").exists()
+
+
+def test_damaged_files_are_made_again(folder, monkeypatch):
+    whole = contents(folder / "synthetic")
+    shutil.copytree(folder / "synthetic", folder / "damaged")
+    first, second, third = ((folder / "damaged" / "images" / name) for name in list(whole)[:3])
+    first.write_bytes(whole[first.name][:-40])  # a finished store's, cut
+    second.unlink()
+    shutil.copytree(folder / "damaged", folder / "damaged.partial")
+    (folder / "damaged.partial" / "images" / third.name).write_bytes(b"")  # a stopped run's
+    (folder / "damaged.partial" / "images" / "left.png.partial").write_bytes(b"half")
+
+    def no_links(*_):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert contents(synthesize(folder, "damaged")) == whole
+
+
+def test_a_store_of_other_settings_is_refused(folder):
+    with pytest.raises(RuntimeError) as error:
+        synthesize(folder, "synthetic", ratio=3, license="none")
+    assert "holds another run (facts" in str(error.value.__cause__)
+
+
+def test_a_license_that_says_nothing_is_refused(folder):
+    with pytest.raises(RuntimeError) as error:
+        synthesize(folder, "unlicensed", license=" ")
+    assert "license: ' '; name the terms" in str(error.value.__cause__)
+
+
+def test_the_same_bytes_are_made_again_from_what_the_files_say(folder):
+    threads = torch.get_num_threads()
+    audits = audit(folder, "synthetic")
+    assert all(each.verified[-1] == "made again, the same bytes" for each in audits)
+    assert len(audits) == 24 and not [line for each in audits for line in each.failures]
+    assert torch.get_num_threads() == threads
+
+
+def rewritten(path: Path, **changes) -> None:
+    """A forgery: other facts under a new, right hash."""
+    facts = read_facts(path.read_bytes())
+    pixels = np.asarray(Image.open(path)) / 65535 * 2 - 1
+    path.write_bytes(variant_png(pixels, facts | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_sha256": "0" * 64}, "model_sha256 is 0000"),
+        ({"prompt": "CT, lung, normal"}, "prompt is CT, lung, normal, here it is"),
+        ({"case": "nobody"}, "has no slice 0 of case nobody"),
+        ({"seed": 5}, "its pixels differ by up to .*; no other program or processor explains it"),
+        ({"seed": 5, "machine": "cpu abacus"}, "may be rounding: machine cpu abacus there"),
+        ({"machine": "cuda abacus"}, "not made again: made on cuda abacus"),
+        ({"edge_sha256": "0" * 64}, "edge_sha256 is 000.*\nnot made again: .* no such edge"),
+        ({"backbone_sha256": "0" * 64}, "not made again: model or backbone here are others"),
+    ],
+)
+def test_other_facts_are_named(folder, tmp_path, changes, named):
+    name = "organ_training_000_0000_001.png"
+    path = shutil.copy(folder / "synthetic" / "images" / name, tmp_path / name)
+    rewritten(path, **changes)
+    assert is_whole(path)
+    (found,) = audit_provenance(
+        path, folder / "store", folder / "generator", str(folder / "backbone"), again=True
+    )
+    assert re.search(named, "\n".join(found.failures))
+
+
+def test_a_replaced_a_lost_and_a_foreign_file_of_a_store_are_named(folder, capsys):
+    store = folder / "tampered"
+    shutil.copytree(folder / "synthetic", store)
+    first, second, third = sorted((store / "images").iterdir())[:3]
+    rewritten(first, license="anything goes")
+    second.unlink()
+    shutil.copy(third, store / "images" / "stranger.png")
+    failures = {each.path.name: each.failures for each in audit_provenance(store) if each.failures}
+    assert set(failures) == {first.name, second.name, "stranger.png"}
+    assert "names another hash" in failures[first.name][0]
+    assert "no such file" in failures[second.name][0]
+    assert "does not name it" in failures["stranger.png"][0]
+    with pytest.raises(SystemExit) as stopped:
+        provenance(str(store))
+    assert stopped.value.code == 1 and "22 of 25 files hold" in capsys.readouterr().out
+
+
+def test_old_foreign_and_broken_files_are_told_apart(folder, tmp_path, capsys):
+    whole = (folder / "synthetic" / "images" / "organ_training_000_0000_000.png").read_bytes()
+    old = PngImagePlugin.PngInfo()
+    old.add_text("diffboost:seed", "0")
+    Image.new("L", (8, 8)).save(tmp_path / "old.png", pnginfo=old)
+    Image.new("L", (8, 8)).save(tmp_path / "foreign.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
+    (tmp_path / "edited.png").write_bytes(whole.replace(b"higher", b"lower!"))
+    failures = {each.path.stem: each.failures for each in audit_provenance(tmp_path)}
+    assert "format of a version before 1" in failures["old"][0]
+    assert "no provenance" in failures["foreign"][0] and "no readable PNG" in failures["broken"][0]
+    assert "damaged or edited" in failures["edited"][0]
+    provenance(str(folder / "synthetic" / "images" / "organ_training_000_0000_000.png"))
+    shown = capsys.readouterr().out
+    assert re.search(r"scheduler +unipc\n", shown) and "1 of 1 files hold what they say" in shown
+    with pytest.raises(SystemExit, match="regenerate: needs store_dir"):
+        provenance(str(tmp_path), regenerate=True)
+    with pytest.raises(SystemExit, match="no such file or folder"):
+        provenance(str(tmp_path / "nowhere"))
