@@ -1,0 +1,270 @@
+"""Scores of a slice beside its label: a segmenter's agreement, edges, and plausible gray levels."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from diffboost.audit.fidelity import correlation
+
+# What each score is about; a rejection's reason is the family that speaks most against a variant.
+FAMILIES = {
+    "segmenter": ("soft_agreement", "agreement_over_shifts", "found_inside"),
+    "border": ("contrast", "contrast_over_shifts", "outline_edges", "outline_edges_over_shifts"),
+    "edges": ("edge_agreement",),
+    "intensity": ("intensity_distance", "texture_distance"),
+}
+EMPTY_FAMILIES = FAMILIES | {"segmenter": ("found_share", "found_peak"), "border": ()}
+FARTHEST = 10.0  # robust standard deviations; beyond, a distance says nothing more
+
+
+@dataclass(frozen=True)
+class View:
+    """What is seen of an image without its label.
+
+    Args:
+        image: float (H, W) in [-1, 1].
+        probabilities: float (classes, H, W), the segmenter's.
+        edges: float (H, W) in [0, 1], as the store's detector finds them.
+
+    Source: engineering choice.
+    """
+
+    image: np.ndarray
+    probabilities: np.ndarray
+    edges: np.ndarray
+
+
+@torch.inference_mode()
+def view_images(
+    images: Sequence[np.ndarray],
+    segmenter: Callable[[torch.Tensor], torch.Tensor],
+    detector: Callable[[torch.Tensor], torch.Tensor],
+    device: str | torch.device = "cpu",
+    batch_size: int = 32,
+) -> list[View]:
+    """Segments images and finds their edges.
+
+    Args:
+        images: float (H, W) in [-1, 1], of one size.
+        segmenter: (B, 1, H, W) to logits (B, classes, H, W).
+        detector: (B, 1, H, W) to edges (B, 1, H, W) in [0, 1].
+        device: where both run.
+        batch_size: images a pass.
+
+    Source: engineering choice.
+    """
+    views = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        batch = torch.from_numpy(np.stack(part)[:, None].astype(np.float32)).to(device)
+        probabilities = segmenter(batch).float().softmax(1).cpu().numpy()
+        edges = detector(batch).cpu().numpy()[:, 0]
+        views += [View(*seen) for seen in zip(part, probabilities, edges, strict=True)]
+    return views
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is usual in real training slices.
+
+    Args:
+        middle: statistic -> median.
+        spread: statistic -> half the distance of the 10th and 90th percentile over 1.2816: a
+            standard deviation, were they normal.
+        darker: whether the foreground is mostly darker than what surrounds it.
+
+    Source: engineering choice.
+    """
+
+    middle: dict[str, float]
+    spread: dict[str, float]
+    darker: bool
+
+    def distance(self, statistics: dict[str, float]) -> float:
+        """Root mean square of the robust z-scores of some statistics, FARTHEST at most."""
+        scores = [
+            (value - self.middle[name]) / self.spread[name] for name, value in statistics.items()
+        ]
+        return float(min(np.sqrt(np.mean(np.square(scores))), FARTHEST))
+
+
+def describe_reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Reference:
+    """What is usual in real slices.
+
+    Args:
+        pairs: images float (H, W) in [-1, 1] and their labels, integer (H, W).
+
+    Raises:
+        ValueError: there is no pair.
+
+    Source: engineering choice.
+    """
+    if not pairs:
+        raise ValueError("pairs: there is no training slice to compare with")
+    columns: dict[str, list[float]] = {}
+    darker = []
+    for image, label in pairs:
+        found = _gray_levels(image, label) | _texture(image)
+        for name, value in found.items():
+            columns.setdefault(name, []).append(value)
+        if label.any():
+            inner, outer = _rims(label > 0)
+            darker.append(image[inner].mean() < image[outer].mean())
+    low, middle, high = (
+        {name: float(np.percentile(values, share)) for name, values in columns.items()}
+        for share in (10, 50, 90)
+    )
+    spread = {name: max((high[name] - low[name]) / (2 * 1.2816), 0.01) for name in columns}
+    return Reference(middle, spread, bool(np.mean(darker or [True]) >= 0.5))
+
+
+def _gray_levels(image: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Mean and spread of the gray levels outside of the label and, where there is one, inside."""
+    inside = label > 0
+    found = {"outside_mean": image[~inside].mean(), "outside_std": image[~inside].std()}
+    if inside.any():
+        found |= {"inside_mean": image[inside].mean(), "inside_std": image[inside].std()}
+    return {name: float(value) for name, value in found.items()}
+
+
+def _texture(image: np.ndarray) -> dict[str, float]:
+    """Logarithms of what is left of an image when it is smoothed by 1 and by 2 pixels."""
+    fine = image - ndimage.gaussian_filter(image, 1.0)
+    coarse = ndimage.gaussian_filter(image, 1.0) - ndimage.gaussian_filter(image, 2.0)
+    return {
+        "fine_texture": float(np.log(fine.std() + 1e-3)),
+        "coarse_texture": float(np.log(coarse.std() + 1e-3)),
+    }
+
+
+def score_sample(
+    view: View, label: np.ndarray, hint: np.ndarray, reference: Reference
+) -> dict[str, float]:
+    """All scores of a slice and its label.
+
+    Args:
+        view: the slice as it is seen.
+        label: integer (H, W), class index.
+        hint: float (H, W) in [0, 1], the edges that it was made from.
+        reference: what is usual.
+
+    Returns:
+        The scores of FAMILIES; of EMPTY_FAMILIES where the label has no foreground. Larger is
+        better except for distances and for what is found where nothing is. ``dice`` beside them.
+
+    Source: engineering choice.
+    """
+    edge_agreement = np.nan_to_num(correlation(view.edges, hint))
+    intensity = reference.distance(_gray_levels(view.image, label))
+    found = {
+        "edge_agreement": float(edge_agreement),
+        "intensity_distance": intensity,
+        "texture_distance": reference.distance(_texture(view.image)),
+    }
+    foreground = 1 - view.probabilities[0]
+    if not label.any():
+        return found | {
+            "dice": float("nan"),
+            "found_share": float(foreground.mean()),
+            "found_peak": float(np.percentile(foreground, 99)),
+        }
+    return found | _agreement(view.probabilities, label) | _border(view, label, reference)
+
+
+def _agreement(probabilities: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """Dice of the segmenter with the label, hard and soft, and the latter over altered labels."""
+    classes = [number for number in range(1, len(probabilities)) if (label == number).any()]
+    masks = np.stack([label == number for number in classes])
+    soft = probabilities[classes]
+    hard = np.stack([probabilities.argmax(0) == number for number in classes])
+    own = _soft_dice(soft, masks)
+    shifts = [_soft_dice(soft, shifted(masks, *shift)) for shift in half_width_shifts(label > 0)]
+    return {
+        "dice": _soft_dice(hard, masks),
+        "soft_agreement": own,
+        "agreement_over_shifts": own - max(shifts),
+        "found_inside": float(soft.max(0)[masks.any(0)].mean()),
+    }
+
+
+def _soft_dice(soft: np.ndarray, masks: np.ndarray) -> float:
+    """Mean over classes of 2 sum(p m) / (sum p + sum m); of (classes, H, W)."""
+    both = (soft * masks).sum((1, 2))
+    return float(np.mean(2 * both / (soft.sum((1, 2)) + masks.sum((1, 2)) + 1e-6)))
+
+
+def half_width_shifts(foreground: np.ndarray) -> list[tuple[int, int]]:
+    """The eight moves by half the height or width (two pixels at least) of a mask (H, W)."""
+    rows, columns = (np.flatnonzero(foreground.any(axis)) for axis in (1, 0))
+    high, wide = (max(2, (line[-1] - line[0] + 2) // 2) for line in (rows, columns))
+    return [
+        (dy, dx) for dy, dx in itertools.product((-high, 0, high), (-wide, 0, wide)) if dy or dx
+    ]
+
+
+def label_contrast(image: np.ndarray, label: np.ndarray) -> float:
+    """How much darker or brighter a foreground is along its border, in standard deviations.
+
+    Args:
+        image: float (H, W).
+        label: integer (H, W), with foreground.
+
+    Source: engineering choice.
+    """
+    return abs(_contrast(image, *_rims(label > 0)))
+
+
+def _contrast(image: np.ndarray, inner: np.ndarray, outer: np.ndarray) -> float:
+    """Outside less inside of a border, over the spread there; positive: the inside is darker."""
+    inside, outside = image[inner], image[outer]
+    if min(len(inside), len(outside)) < 3:
+        return 0.0
+    spread = np.sqrt((inside.var() + outside.var()) / 2) + 0.05
+    return float((outside.mean() - inside.mean()) / spread)
+
+
+def shifted(maps: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Maps (..., H, W), moved; what comes in from outside is 0."""
+    moved = np.zeros_like(maps)
+    height, width = maps.shape[-2:]
+    source = [
+        slice(max(-step, 0), size - max(step, 0)) for step, size in ((down, height), (right, width))
+    ]
+    target = [
+        slice(max(step, 0), size - max(-step, 0)) for step, size in ((down, height), (right, width))
+    ]
+    moved[..., target[0], target[1]] = maps[..., source[0], source[1]]
+    return moved
+
+
+def _rims(foreground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Masks (H, W) of the pixels just inside and just outside a foreground."""
+    width = max(1, round(min(foreground.shape) / 24))
+    inner = foreground & ~ndimage.binary_erosion(foreground, iterations=width, border_value=1)
+    outer = ndimage.binary_dilation(foreground, iterations=width) & ~foreground
+    return (inner if inner.any() else foreground), outer
+
+
+def _border(view: View, label: np.ndarray, reference: Reference) -> dict[str, float]:
+    """Contrast and edges along the label's border, and the same less the best of moved labels."""
+    foreground = label > 0
+    inner, outer = _rims(foreground)
+    line = ndimage.binary_dilation(foreground) & ~ndimage.binary_erosion(foreground, border_value=1)
+    sign = 1 if reference.darker else -1
+    shifts = [(0, 0), *half_width_shifts(foreground)]
+    contrasts, edges = [], []
+    for shift in shifts:
+        inside, outside, along = (shifted(mask, *shift) for mask in (inner, outer, line))
+        if along.any():
+            contrasts.append(sign * _contrast(view.image, inside, outside))
+            edges.append(float(view.edges[along].mean() - view.edges.mean()))
+    return {
+        "contrast": contrasts[0],
+        "contrast_over_shifts": contrasts[0] - max(contrasts[1:], default=0.0),
+        "outline_edges": edges[0],
+        "outline_edges_over_shifts": edges[0] - max(edges[1:], default=0.0),
+    }
