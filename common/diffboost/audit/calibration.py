@@ -1,13 +1,13 @@
-"""What tells good slices from defective ones: a logistic regression over scores, a threshold."""
+"""What tells good slices from defective ones: a logistic regression on scores, and a threshold."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
-WEIGHT_DECAY = 1.0  # of the regression's weights, beside a loss that is summed over samples
+WEIGHT_DECAY = 5.0  # of the regression's weights, beside a loss that is summed over samples
 FARTHEST = 4.0  # standard deviations of good samples at which a score is cut
 PARTS = 5  # of the cases: each part's scores come from a regression on the others
 
@@ -19,7 +19,8 @@ class Judge:
     Args:
         names: of the scores, (N,).
         middle, spread: median and standard deviation of good samples, (N,).
-        weights: (N,), of the scores in standard deviations from the middle.
+        weights: (N,), of the scores z in standard deviations from the middle.
+        products: (N, N), symmetric, of their products: the verdict is z w + z P z + bias.
         bias: added to their sum; the threshold is in it.
         num_good, num_defects: samples that it was made from.
         lost, found: shares of good samples and of defects that it rejects, measured on cases that
@@ -32,6 +33,7 @@ class Judge:
     middle: np.ndarray
     spread: np.ndarray
     weights: np.ndarray
+    products: np.ndarray
     bias: float
     num_good: int = 0
     num_defects: int = 0
@@ -39,9 +41,13 @@ class Judge:
     found: Mapping[str, float] | None = None
 
     def parts(self, scores: pd.DataFrame) -> np.ndarray:
-        """What each score adds to the verdict, (rows, N); 0 where it is as in good samples."""
+        """What each score adds to the verdict, (rows, N); 0 where it is as in good samples.
+
+        Two scores share what their product adds.
+        """
         values = scores[list(self.names)].to_numpy(float)
-        return np.clip((values - self.middle) / self.spread, -FARTHEST, FARTHEST) * self.weights
+        values = np.clip((values - self.middle) / self.spread, -FARTHEST, FARTHEST)
+        return values * (self.weights + values @ self.products)
 
     def verdict(self, scores: pd.DataFrame) -> np.ndarray:
         """Log-odds of being good above the threshold's, (rows,)."""
@@ -55,6 +61,7 @@ class Judge:
                 name: {key: round(float(values[place]), 4) for key, values in columns.items()}
                 for place, name in enumerate(self.names)
             },
+            "products": self.products.round(4).tolist(),
             "bias": round(self.bias, 4),
             "num_good": self.num_good,
             "num_defects": self.num_defects,
@@ -99,16 +106,13 @@ def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Ju
     threshold = ordered[int(max_lost * (len(ordered) + 1))]
     rejected = pd.Series(verdicts < threshold).groupby(scores.kind.to_numpy()).mean()
     whole = _regress(scores, names)
-    return Judge(
-        whole.names,
-        whole.middle,
-        whole.spread,
-        whole.weights,
-        whole.bias - float(threshold),
-        int(good.sum()),
-        int((~good).sum()),
-        float(rejected[""]),
-        {kind: float(share) for kind, share in rejected.items() if kind},
+    return replace(
+        whole,
+        bias=whole.bias - float(threshold),
+        num_good=int(good.sum()),
+        num_defects=int((~good).sum()),
+        lost=float(rejected[""]),
+        found={kind: float(share) for kind, share in rejected.items() if kind},
     )
 
 
@@ -118,10 +122,12 @@ def _regress(scores: pd.DataFrame, names: Sequence[str]) -> Judge:
     good = (scores.kind == "").to_numpy()
     middle, spread = np.median(values[good], 0), np.maximum(values[good].std(0), 1e-3)
     inputs = np.clip((values - middle) / spread, -FARTHEST, FARTHEST)
-    inputs = np.hstack([inputs, np.ones((len(inputs), 1))])
+    first, second = np.triu_indices(len(names))
+    products = inputs[:, first] * inputs[:, second] / 2
+    inputs = np.hstack([inputs, products, np.ones((len(inputs), 1))])
     counts = scores.kind.map(scores.kind.value_counts()).to_numpy()
     shares = np.where(good, 0.5, 0.5 / max(scores.kind[~good].nunique(), 1)) / counts * len(scores)
-    decay = np.append(np.full(len(names), WEIGHT_DECAY), 0.0)
+    decay = np.append(np.full(inputs.shape[1] - 1, WEIGHT_DECAY), 0.0)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         odds = inputs @ weights
@@ -130,4 +136,8 @@ def _regress(scores: pd.DataFrame, names: Sequence[str]) -> Judge:
         return value, slope
 
     found = minimize(loss, np.zeros(inputs.shape[1]), jac=True, method="L-BFGS-B").x
-    return Judge(tuple(names), middle, spread, found[:-1], float(found[-1]))
+    matrix = np.zeros((len(names), len(names)))
+    matrix[first, second] = found[len(names) : -1] / 4
+    return Judge(
+        tuple(names), middle, spread, found[: len(names)], matrix + matrix.T, float(found[-1])
+    )

@@ -16,7 +16,7 @@ KINDS = {
     "noise": "noise in place of the image",
     "emptied": "an empty label where a lesion is visible",
 }
-SAME_LABEL = 0.7  # Dice from which another case's label says the same
+SAME_LABEL = 0.5  # Dice above which another case's label is rather imprecise than wrong
 VISIBLE = 0.5  # contrast along the border, in standard deviations, of a lesion worth erasing
 LARGEST_SHIFT = 1.5  # in half widths
 STAYS_INSIDE = 0.9  # share of a label that a move leaves in the picture
@@ -73,7 +73,10 @@ def plant(
     if kind == "erased":
         if label_contrast(sample.image, sample.label) < VISIBLE:
             return None
-        return replace(sample, image=paint_over(sample.image, sample.label > 0, rng), kind=kind)
+        painted = paint_over(sample.image, sample.label > 0, rng)
+        if label_contrast(painted, sample.label) > label_contrast(sample.image, sample.label) / 2:
+            return None
+        return replace(sample, image=painted, kind=kind)
     if kind == "emptied":
         visible = label_contrast(sample.image, sample.label) >= VISIBLE
         label = np.zeros_like(sample.label) if visible else None

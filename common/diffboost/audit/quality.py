@@ -202,6 +202,7 @@ def judge_variants(
         parts["inner_validation"], instruments, max_lost, num_calibrated, seed
     )
     manifest = pd.read_parquet(Path(synthetic_dir) / "manifest.parquet")
+    manifest = manifest.drop(columns=list(COLUMNS), errors="ignore").reset_index(drop=True)
     items = items_of(manifest, synthetic_dir, parts["training"])
     scores = pd.DataFrame(instruments.score_items(items), index=manifest.index)
     judged = _with_verdicts(manifest, scores, judges)
@@ -253,21 +254,22 @@ def _with_verdicts(
     scores = scores.assign(quality=np.nan)
     reasons = pd.Series("", index=manifest.index)
     for name, judge in judges.items():
-        chosen = (scores.foreground_px > 0) == (name == "labeled")
+        chosen = scores.group == name
         if judge is None or not chosen.any():
             continue
         rows = scores[chosen]
         scores.loc[chosen, "quality"] = judge.verdict(rows)
-        reasons[chosen] = _reasons(rows, judge, name == "labeled")
+        reasons[chosen] = _reasons(rows, judge, name)
     judged = manifest.assign(**{column: scores[score] for column, score in COLUMNS.items()})
     judged["kept"] = reasons == ""
     judged["reason"] = reasons
     return judged
 
 
-def _reasons(rows: pd.DataFrame, judge: Judge, labeled: bool) -> list[str]:
+def _reasons(rows: pd.DataFrame, judge: Judge, group: str) -> list[str]:
     """Why each row is rejected; empty for those that are kept."""
-    families, words = (FAMILIES, REASONS) if labeled else (EMPTY_FAMILIES, EMPTY_REASONS)
+    empty = group == "empty"
+    families, words = (EMPTY_FAMILIES, EMPTY_REASONS) if empty else (FAMILIES, REASONS)
     parts, verdicts, reasons = judge.parts(rows), judge.verdict(rows), []
     for (_, row), part, verdict in zip(rows.iterrows(), parts, verdicts, strict=True):
         against = {

@@ -13,9 +13,11 @@ from diffboost.audit.defects import KINDS, Sample, change_gray_levels, plant
 from diffboost.audit.quality_scores import (
     EMPTY_FAMILIES,
     FAMILIES,
+    GROUPS,
     Reference,
     View,
     describe_reference,
+    group_of,
     score_sample,
     view_images,
 )
@@ -28,7 +30,7 @@ from diffboost.segmentation.loading import load_segmenter
 logger = logging.getLogger(__name__)
 
 NUM_REFERENCE = 500  # training slices that say what gray levels and texture are usual
-FEW_SLICES = 60  # of these or fewer, several copies of each slice are drawn
+FEW_SLICES = 30  # of these or fewer, several copies of each slice are drawn
 SEES_IMAGE = ("erased", "noise")  # defects that change the image; the others change the label
 
 
@@ -59,10 +61,10 @@ class Instruments:
         return view_images(images, self.segmenter, self.detector, self.device, self.batch_size)
 
     def score(self, sample: Sample, view: View) -> dict:
-        """Scores of a sample, with its case, kind and foreground in pixels."""
+        """Scores of a sample, with its case, kind and group."""
         scores = score_sample(view, sample.label, sample.hint, self.reference)
-        facts = {"case": sample.case, "kind": sample.kind}
-        return scores | facts | {"foreground_px": int((sample.label > 0).sum())}
+        group = group_of(float((sample.label > 0).mean()))
+        return scores | {"case": sample.case, "kind": sample.kind, "group": group}
 
     def read(self, items: Sequence[Mapping]) -> Iterator[list[tuple[Sample, View]]]:
         """Samples of items with their views, a batch at a time."""
@@ -134,7 +136,7 @@ def calibrate_judges(
     num_calibrated: int,
     seed: int = 0,
 ) -> dict[str, Judge | None]:
-    """Judges of slices with foreground (``labeled``) and without (``empty``).
+    """A judge of each of GROUPS.
 
     Good are real slices, as they are and in other gray levels; bad are the same with defects.
 
@@ -142,34 +144,44 @@ def calibrate_judges(
         inner: items of the fold's inner validation.
         instruments: what they are measured with.
         max_lost: share of good samples that may be rejected.
-        num_calibrated: slices with foreground, and as many without, that are drawn.
+        num_calibrated: slices with foreground, and as many without, that are drawn at most.
         seed: draws slices and defects.
 
     Returns:
-        The judges; ``empty`` is None where fewer than two cases have a slice without foreground:
-        variants of such slices are then kept without a verdict.
+        The judges; None of small or empty labels where fewer than two cases have any: variants of
+        such slices are then kept without a verdict.
 
     Raises:
-        ValueError: fewer than two cases have a slice with foreground.
+        ValueError: fewer than two cases have a slice with a large label.
 
     Source: engineering choice (issue 5, "Quality filter").
     """
-    scores = calibration_scores(inner, instruments, num_calibrated, seed)
-    labeled = scores.foreground_px > 0
-    names = [name for family in FAMILIES.values() for name in family]
-    judges: dict[str, Judge | None] = {
-        "labeled": calibrate(scores[labeled].reset_index(drop=True), names, max_lost),
-        "empty": None,
-    }
-    empty = scores[~labeled].reset_index(drop=True)
-    if empty.case[empty.kind == ""].nunique() >= 2:
-        names = [name for family in EMPTY_FAMILIES.values() for name in family]
-        judges["empty"] = calibrate(empty, names, max_lost)
-    else:
-        logger.warning(
-            "quality filter: the inner validation has too few slices without foreground; variants "
-            "of such slices are kept without a verdict"
-        )
+    return judges_of(calibration_scores(inner, instruments, num_calibrated, seed), max_lost)
+
+
+def judges_of(scores: pd.DataFrame, max_lost: float) -> dict[str, Judge | None]:
+    """The judges that follow from scores.
+
+    Args:
+        scores: as ``calibration_scores`` gives them.
+        max_lost: see ``calibrate_judges``.
+
+    Source: engineering choice.
+    """
+    judges: dict[str, Judge | None] = {}
+    for group in GROUPS:
+        rows = scores[scores.group == group].reset_index(drop=True)
+        if group != "large" and rows.case[rows.kind == ""].nunique() < 2:
+            logger.warning(
+                "quality filter: fewer than two cases of the inner validation have slices with "
+                "%s labels; variants of such slices are kept without a verdict",
+                group,
+            )
+            judges[group] = None
+            continue
+        families = EMPTY_FAMILIES if group == "empty" else FAMILIES
+        names = [name for family in families.values() for name in family]
+        judges[group] = calibrate(rows, names, max_lost)
     return judges
 
 
@@ -182,7 +194,8 @@ def calibration_scores(
         inner, instruments, num_calibrated, seed: see ``calibrate_judges``.
 
     Returns:
-        The scores, with ``case``, ``kind`` (empty: good) and ``foreground_px``.
+        The scores, with ``case``, ``kind`` (empty: good), ``group``, and ``as_it_is``: whether
+        slice and label are untouched.
 
     Source: engineering choice.
     """
@@ -194,7 +207,7 @@ def calibration_scores(
         for sample, view in batch:
             rng = np.random.RandomState(address_seed(seed, "quality", sample.case, number))
             number += 1
-            rows.append(instruments.score(sample, view))
+            rows.append(instruments.score(sample, view) | {"as_it_is": True})
             strangers = [label for case, label in labels if case != sample.case]
             for _ in range(copies):
                 gray = change_gray_levels(sample.image, rng)
@@ -207,7 +220,8 @@ def calibration_scores(
                         rows.append(instruments.score(defect, view))
         views = instruments.view([sample.image for sample in changed])
         rows += map(instruments.score, changed, views)
-    return pd.DataFrame(rows)
+    scores = pd.DataFrame(rows)
+    return scores.assign(as_it_is=scores.as_it_is.eq(True))  # noqa: FBT003
 
 
 def _draw_slices(

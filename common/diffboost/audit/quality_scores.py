@@ -12,13 +12,41 @@ from diffboost.audit.fidelity import correlation
 
 # What each score is about; a rejection's reason is the family that speaks most against a variant.
 FAMILIES = {
-    "segmenter": ("soft_agreement", "agreement_over_shifts", "found_inside"),
-    "border": ("contrast", "contrast_over_shifts", "outline_edges", "outline_edges_over_shifts"),
+    "segmenter": (
+        "soft_agreement",
+        "agreement_over_shifts",
+        "agreement_over_near",
+        "found_inside",
+        "found_border",
+        "weakest_found",
+    ),
+    "border": (
+        "contrast",
+        "contrast_over_shifts",
+        "weakest_contrast",
+        "outline_edges",
+        "outline_edges_over_shifts",
+        "weakest_edges",
+    ),
     "edges": ("edge_agreement",),
     "intensity": ("intensity_distance", "texture_distance"),
 }
+SMALL_SHARE = 0.01  # of a slice; smaller labels are judged apart: they show little to go by
+# Slices that are judged apart, by their foreground.
+GROUPS = ("large", "small", "empty")
 EMPTY_FAMILIES = FAMILIES | {"segmenter": ("found_share", "found_peak"), "border": ()}
+WEAKEST = 15  # percentile along a border: a label that is half right has a side without contrast
 FARTHEST = 10.0  # robust standard deviations; beyond, a distance says nothing more
+
+
+def group_of(foreground_share: float) -> str:
+    """That of GROUPS to which a label with this share of foreground belongs.
+
+    Source: engineering choice.
+    """
+    if foreground_share == 0:
+        return "empty"
+    return "small" if foreground_share < SMALL_SHARE else "large"
 
 
 @dataclass(frozen=True)
@@ -183,10 +211,13 @@ def _agreement(probabilities: np.ndarray, label: np.ndarray) -> dict[str, float]
     hard = np.stack([probabilities.argmax(0) == number for number in classes])
     own = _soft_dice(soft, masks)
     shifts = [_soft_dice(soft, shifted(masks, *shift)) for shift in half_width_shifts(label > 0)]
+    near = [(dy // 2, dx // 2) for dy, dx in half_width_shifts(label > 0)]
+    near = [_soft_dice(soft, shifted(masks, *shift)) for shift in near]
     return {
         "dice": _soft_dice(hard, masks),
         "soft_agreement": own,
         "agreement_over_shifts": own - max(shifts),
+        "agreement_over_near": own - max(near),
         "found_inside": float(soft.max(0)[masks.any(0)].mean()),
     }
 
@@ -227,6 +258,16 @@ def _contrast(image: np.ndarray, inner: np.ndarray, outer: np.ndarray) -> float:
     return float((outside.mean() - inside.mean()) / spread)
 
 
+def _local_steps(image: np.ndarray, inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
+    """Outside less inside of the border near each pixel of the inner rim, (pixels,)."""
+    width = min(image.shape) / 32
+    sides = []
+    for rim in (inner, outer):
+        weight = ndimage.gaussian_filter(rim.astype(float), width)
+        sides.append(ndimage.gaussian_filter(image * rim, width) / np.maximum(weight, 1e-6))
+    return (sides[1] - sides[0])[inner]
+
+
 def shifted(maps: np.ndarray, down: int, right: int) -> np.ndarray:
     """Maps (..., H, W), moved; what comes in from outside is 0."""
     moved = np.zeros_like(maps)
@@ -262,9 +303,17 @@ def _border(view: View, label: np.ndarray, reference: Reference) -> dict[str, fl
         if along.any():
             contrasts.append(sign * _contrast(view.image, inside, outside))
             edges.append(float(view.edges[along].mean() - view.edges.mean()))
+    spread = view.image[inner | outer].std() + 0.05
+    steps = sign * _local_steps(view.image, inner, outer) / spread
+    found = -_local_steps(1 - view.probabilities[0], inner, outer)
+    near = ndimage.maximum_filter(view.edges, 3)
     return {
         "contrast": contrasts[0],
         "contrast_over_shifts": contrasts[0] - max(contrasts[1:], default=0.0),
+        "weakest_contrast": float(np.percentile(steps, WEAKEST)),
+        "found_border": float(found.mean()),
+        "weakest_found": float(np.percentile(found, WEAKEST)),
+        "weakest_edges": float(np.percentile(near[line], WEAKEST) - view.edges.mean()),
         "outline_edges": edges[0],
         "outline_edges_over_shifts": edges[0] - max(edges[1:], default=0.0),
     }
