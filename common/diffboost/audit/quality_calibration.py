@@ -30,7 +30,7 @@ from diffboost.segmentation.loading import load_segmenter
 logger = logging.getLogger(__name__)
 
 NUM_REFERENCE = 500  # training slices that say what gray levels and texture are usual
-FEW_SLICES = 30  # of these or fewer, several copies of each slice are drawn
+FEW_SLICES = 160  # of these or fewer, several copies of each slice are drawn
 SEES_IMAGE = ("erased", "noise")  # defects that change the image; the others change the label
 
 
