@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from diffboost.audit.quality_scores import half_width_shifts, label_contrast, shifted
+from diffboost.audit.borders import half_width_shifts, label_contrast, shifted
 from diffboost.conditions.edges import join_edges, mask_edges
 
 KINDS = {

@@ -1,6 +1,5 @@
 """The quality filter: every variant gets scores, and is kept or rejected with a reason."""
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from diffboost.audit.guards import guard_segmenter
 from diffboost.audit.quality_calibration import calibrate_judges, load_instruments
 from diffboost.audit.quality_scores import EMPTY_FAMILIES, FAMILIES
 from diffboost.audit.quality_sheet import draw_judged
-from diffboost.data.slices import read_store, sha256_of_files, slice_items
-from diffboost.handlers import write_aside
+from diffboost.data.slices import read_store, slice_items
+from diffboost.files import sha256_of_files, write_aside, write_json
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.segmentation.loading import read_record
 
@@ -182,7 +181,7 @@ def judge_variants(
         store_dir, synthetic_dir, segmenter_dir, segmenter_configs, fold, inner_fraction, num_cases,
             max_lost, num_calibrated, seed, batch_size, device: see ``filter_variants``.
 
-    Source: engineering choice (issue 5, "Quality filter").
+    Source: engineering choice.
     """
     if segmenter_configs is None:
         raise ValueError(
@@ -232,8 +231,6 @@ def items_of(
 
     Raises:
         ValueError: a variant is of no training slice.
-
-    Source: engineering choice.
     """
     sources = {(str(item["case"]), int(item["slice"])): item for item in training}
     items = []
@@ -294,12 +291,6 @@ def _counts(judged: pd.DataFrame) -> dict:
 
 def _write_record(folder: Path, record: Mapping) -> None:
     """Writes quality.json and says what it says."""
-    text = json.dumps(record, indent=1) + "\n"
-    write_aside(folder / "quality.json", lambda path: path.write_text(text, encoding="utf-8"))
-    logger.info(
-        "quality filter: %d of %d variants kept; rejected by reason: %s; not judged: %d",
-        record["kept"],
-        record["variants"],
-        record["rejected"],
-        record["not_judged"],
-    )
+    write_json(folder / "quality.json", record)
+    text = "quality filter: %d of %d variants kept; rejected by reason: %s; not judged: %d"
+    logger.info(text, *(record[key] for key in ("kept", "variants", "rejected", "not_judged")))

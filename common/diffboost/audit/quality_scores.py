@@ -1,6 +1,5 @@
 """Scores of a slice beside its label: a segmenter's agreement, edges, and plausible gray levels."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from diffboost.audit.borders import half_width_shifts, local_steps, rim_contrast, rims, shifted
 from diffboost.audit.fidelity import correlation
 
 # What each score is about; a rejection's reason is the family that speaks most against a variant.
@@ -140,7 +140,7 @@ def describe_reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Refere
         for name, value in found.items():
             columns.setdefault(name, []).append(value)
         if label.any():
-            inner, outer = _rims(label > 0)
+            inner, outer = rims(label > 0)
             darker.append(image[inner].mean() < image[outer].mean())
     low, middle, high = (
         {name: float(np.percentile(values, share)) for name, values in columns.items()}
@@ -228,72 +228,10 @@ def _soft_dice(soft: np.ndarray, masks: np.ndarray) -> float:
     return float(np.mean(2 * both / (soft.sum((1, 2)) + masks.sum((1, 2)) + 1e-6)))
 
 
-def half_width_shifts(foreground: np.ndarray) -> list[tuple[int, int]]:
-    """The eight moves by half the height or width (two pixels at least) of a mask (H, W)."""
-    rows, columns = (np.flatnonzero(foreground.any(axis)) for axis in (1, 0))
-    high, wide = (max(2, (line[-1] - line[0] + 2) // 2) for line in (rows, columns))
-    return [
-        (dy, dx) for dy, dx in itertools.product((-high, 0, high), (-wide, 0, wide)) if dy or dx
-    ]
-
-
-def label_contrast(image: np.ndarray, label: np.ndarray) -> float:
-    """How much darker or brighter a foreground is along its border, in standard deviations.
-
-    Args:
-        image: float (H, W).
-        label: integer (H, W), with foreground.
-
-    Source: engineering choice.
-    """
-    return abs(_contrast(image, *_rims(label > 0)))
-
-
-def _contrast(image: np.ndarray, inner: np.ndarray, outer: np.ndarray) -> float:
-    """Outside less inside of a border, over the spread there; positive: the inside is darker."""
-    inside, outside = image[inner], image[outer]
-    if min(len(inside), len(outside)) < 3:
-        return 0.0
-    spread = np.sqrt((inside.var() + outside.var()) / 2) + 0.05
-    return float((outside.mean() - inside.mean()) / spread)
-
-
-def _local_steps(image: np.ndarray, inner: np.ndarray, outer: np.ndarray) -> np.ndarray:
-    """Outside less inside of the border near each pixel of the inner rim, (pixels,)."""
-    width = min(image.shape) / 32
-    sides = []
-    for rim in (inner, outer):
-        weight = ndimage.gaussian_filter(rim.astype(float), width)
-        sides.append(ndimage.gaussian_filter(image * rim, width) / np.maximum(weight, 1e-6))
-    return (sides[1] - sides[0])[inner]
-
-
-def shifted(maps: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Maps (..., H, W), moved; what comes in from outside is 0."""
-    moved = np.zeros_like(maps)
-    height, width = maps.shape[-2:]
-    source = [
-        slice(max(-step, 0), size - max(step, 0)) for step, size in ((down, height), (right, width))
-    ]
-    target = [
-        slice(max(step, 0), size - max(-step, 0)) for step, size in ((down, height), (right, width))
-    ]
-    moved[..., target[0], target[1]] = maps[..., source[0], source[1]]
-    return moved
-
-
-def _rims(foreground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Masks (H, W) of the pixels just inside and just outside a foreground."""
-    width = max(1, round(min(foreground.shape) / 24))
-    inner = foreground & ~ndimage.binary_erosion(foreground, iterations=width, border_value=1)
-    outer = ndimage.binary_dilation(foreground, iterations=width) & ~foreground
-    return (inner if inner.any() else foreground), outer
-
-
 def _border(view: View, label: np.ndarray, reference: Reference) -> dict[str, float]:
     """Contrast and edges along the label's border, and the same less the best of moved labels."""
     foreground = label > 0
-    inner, outer = _rims(foreground)
+    inner, outer = rims(foreground)
     line = ndimage.binary_dilation(foreground) & ~ndimage.binary_erosion(foreground, border_value=1)
     sign = 1 if reference.darker else -1
     shifts = [(0, 0), *half_width_shifts(foreground)]
@@ -301,11 +239,11 @@ def _border(view: View, label: np.ndarray, reference: Reference) -> dict[str, fl
     for shift in shifts:
         inside, outside, along = (shifted(mask, *shift) for mask in (inner, outer, line))
         if along.any():
-            contrasts.append(sign * _contrast(view.image, inside, outside))
+            contrasts.append(sign * rim_contrast(view.image, inside, outside))
             edges.append(float(view.edges[along].mean() - view.edges.mean()))
     spread = view.image[inner | outer].std() + 0.05
-    steps = sign * _local_steps(view.image, inner, outer) / spread
-    found = -_local_steps(1 - view.probabilities[0], inner, outer)
+    steps = sign * local_steps(view.image, inner, outer) / spread
+    found = -local_steps(1 - view.probabilities[0], inner, outer)
     near = ndimage.maximum_filter(view.edges, 3)
     return {
         "contrast": contrasts[0],

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from diffboost.contact_sheet import outline
 from diffboost.data.transforms import LoadSliced
-from diffboost.handlers import write_aside
+from diffboost.files import write_aside
 
 COLUMNS = 8  # variants a row
 
