@@ -31,7 +31,8 @@ def draw_judged(judged: pd.DataFrame, items: Sequence[Mapping], path: str | Path
     for line, (title, chosen) in zip(axes, rows.items(), strict=True):
         for axis in line:
             axis.set_axis_off()
-        line[0].text(0, 1.32, title, transform=line[0].transAxes, fontsize=9, weight="bold")
+        name = line[0].text(0, 1.32, title, transform=line[0].transAxes, fontsize=9, weight="bold")
+        name.set_in_layout(False)  # or its width would push the other columns away
         for axis, (place, row) in zip(line, chosen.iterrows(), strict=False):
             item = load(items[place])
             axis.imshow(item["image"][0].numpy(), cmap="gray", vmin=-1, vmax=1)
