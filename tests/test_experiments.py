@@ -22,6 +22,8 @@ CONFIG = {
     "ratio": 8,
     "num_variants": None,
     "channels": [16, 32],
+    "quality_filter": False,
+    "selection": "inner_validation",
 }
 PAPER = {"segmentation": {"epochs": 100, "alpha": 0.5}, "synthesis": {"ratio": 50}}
 BOTH = {"arms": ["baseline", "diffboost"]}
@@ -103,6 +105,11 @@ def test_defaults_are_filled_in(read):
         ({"segmentation": {"merge": {"a": 1}}}, "merge: {'a': 1}; one value is needed"),
         ({"synthesis": 8}, "synthesis: 8; `key: value` lines"),
         ({"segmentation": {"inner_fraction": 0.3}}, "need the same, or the generator sees cases"),
+        ({"synthesis": {"quality_filter": 1}}, "quality_filter: 1; allowed: true, false"),
+        (
+            {"synthesis": {"quality_filter": True}, "segmentation": {"selection": "test"}},
+            "a segmenter that test cases chose may not filter variants",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(read, changes, message):

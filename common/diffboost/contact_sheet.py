@@ -61,7 +61,7 @@ def write_contact_sheet(store: SliceStore, path: str | Path, num_slices: int = 8
             axis.imshow(shown.numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
         if "label" in item:
-            _outline(axes[1, column], item["label"][0].numpy())
+            outline(axes[1, column], item["label"][0].numpy())
     names = [name for number, name in store.header["labels"].items() if number != "0"]
     colors = ("red", "blue", "yellow", "green", "pink", "white")
     legend = ", ".join(f"{name} {color}" for name, color in zip(names, colors, strict=False))
@@ -70,8 +70,15 @@ def write_contact_sheet(store: SliceStore, path: str | Path, num_slices: int = 8
     figure.savefig(path, dpi=110)
 
 
-def _outline(axis, label: np.ndarray) -> None:
-    """Draws the outline of every class of a label (H, W)."""
+def outline(axis, label: np.ndarray) -> None:
+    """Draws the outline of every class of a label.
+
+    Args:
+        axis: matplotlib's.
+        label: integer (H, W), class index.
+
+    Source: engineering choice.
+    """
     for number in np.unique(label[label > 0]):
         color = OUTLINE_COLORS[(int(number) - 1) % len(OUTLINE_COLORS)]
         axis.contour(label == number, levels=[0.5], colors=color, linewidths=0.8)

@@ -58,6 +58,7 @@ def read_experiment(
     _check_ablations(experiment, path)
     _check_sections(experiment, config_files, path)
     _check_inner_fraction(experiment, path)
+    _check_quality_filter(experiment, path)
     return experiment
 
 
@@ -146,6 +147,20 @@ def _check_inner_fraction(experiment: Experiment, path: Path) -> None:
         )
     if "inner_fraction" in ablated_knobs(experiment):
         raise ValueError(f"{path}: inner_fraction: one value is needed, no list")
+
+
+def _check_quality_filter(experiment: Experiment, path: Path) -> None:
+    """Raises ValueError where the filter would need a segmenter that the test part chose."""
+    ablated = experiment.ablations.get("synthesis", {}).get("quality_filter", [])
+    values = [experiment.synthesis.get("quality_filter", False), *ablated]
+    for value in values:
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: synthesis: quality_filter: {value!r}; allowed: true, false")
+    if any(values) and experiment.segmentation.get("selection") == "test":
+        raise ValueError(
+            f"{path}: synthesis: quality_filter: true needs segmentation: selection: "
+            "inner_validation; a segmenter that test cases chose may not filter variants"
+        )
 
 
 def _check_values(experiment: Experiment, path: Path) -> None:

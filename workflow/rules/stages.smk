@@ -52,6 +52,22 @@ def segmentation_inputs(wildcards):
     return ["store"] + [synthetic_store(wildcards)] * plans.uses_variants(wildcards.arm)
 
 
+def filter_settings(wildcards):
+    """What synthesis needs besides where variants are filtered: the baseline segmenter."""
+    if not plans.synthesis_knobs(STUDY, SETTINGS[wildcards.setting]).get("quality_filter"):
+        return {}
+    segmenter = plans.Segmenter(plans.BASE, int(wildcards.fold), "baseline", STUDY.seeds[0])
+    config = CONFIGS["segmentation"]
+    files = [config, *plans.network_overlay(config, STUDY.networks[0])]
+    return {"segmenter_dir": RUN / segmenter.folder, "segmenter_configs": [str(f) for f in files]}
+
+
+def filter_inputs(wildcards):
+    """The model of that segmenter, where one is needed."""
+    folder = filter_settings(wildcards).get("segmenter_dir")
+    return [str(folder.relative_to(RUN) / "model.pt")] if folder else []
+
+
 rule prepare:
     output:
         directory("store"),
@@ -118,6 +134,7 @@ rule synthesize:
     input:
         "store",
         "fold{fold}/generator",
+        filter_inputs,
     output:
         directory("{setting}fold{fold}/synthetic_store"),
     params:
@@ -131,6 +148,7 @@ rule synthesize:
                 "image_size": STUDY.image_size,
                 "fold": int(wildcards.fold),
                 "num_cases": STUDY.num_cases,
+                **filter_settings(wildcards),
             },
             plans.synthesis_knobs(STUDY, SETTINGS[wildcards.setting]),
             "multi_gpu_inference",

@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from diffboost.stages import stage_configs
+
 logger = logging.getLogger(__name__)
 
 
@@ -70,4 +72,46 @@ def provenance(
         raise SystemExit(1)
 
 
-AUDITS = {"leaks": leaks, "provenance": provenance}
+def quality(
+    synthetic_dir: str,
+    store_dir: str,
+    segmenter_dir: str,
+    output_dir: str,
+    segmenter_configs: str | list[str] | None = None,
+    max_lost: float = 0.05,
+    num_calibrated: int = 200,
+    seed: int = 0,
+) -> None:
+    """Scores the variants of a finished store and says which the quality filter would reject.
+
+    The store stays as it is. Fold and inner split are those of the segmenter's run.json.
+
+    Args:
+        synthetic_dir: the synthetic store.
+        store_dir: the slice store that it was made from.
+        segmenter_dir: a segmenter of arm baseline, trained on the same fold.
+        output_dir: gets quality.parquet, quality.json and rejected.png.
+        segmenter_configs: config files that trained it; left out: the segmentation bundle's own.
+        max_lost: share of good variants that may be rejected.
+        num_calibrated: slices of the inner validation to calibrate on.
+        seed: draws these slices and their planted defects.
+    """
+    from diffboost.audit.quality import audit_quality  # torch takes seconds
+
+    try:
+        configs = segmenter_configs or str(stage_configs()["segmentation"])
+        audit_quality(
+            store_dir,
+            synthetic_dir,
+            segmenter_dir,
+            output_dir,
+            configs,
+            max_lost,
+            num_calibrated,
+            seed,
+        )
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+AUDITS = {"leaks": leaks, "provenance": provenance, "quality": quality}

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffboost.audit.checks import Leak, lineage_leaks, model_leaks, split_leaks, variant_leaks
+from diffboost.audit.checks import (
+    Leak,
+    lineage_leaks,
+    model_leaks,
+    selected_on_test,
+    split_leaks,
+    variant_leaks,
+)
 from diffboost.data.slices import read_store
 from diffboost.data.splits import select
 from diffboost.generation.lineage import read_lineage, write_lineage
 from diffboost.processes import is_main_process
+from diffboost.segmentation.loading import read_record
 
 logger = logging.getLogger(__name__)
 
@@ -146,3 +154,44 @@ def guard_evaluation(
     if allow_selection_on_test:
         leaks = [leak for leak in leaks if leak.kind != "selection"]
     refuse_leaks(leaks, f"{model_path} on fold {fold} of {store.store_dir}")
+
+
+def guard_segmenter(
+    store_dir: str,
+    fold: int,
+    segmenter_dir: str,
+    inner_fraction: float = 0.2,
+    num_cases: int | None = None,
+) -> None:
+    """Refuses a segmenter for the quality filter that knows more than the inner training split.
+
+    Args:
+        store_dir: slice store.
+        fold: the fold that is held out.
+        segmenter_dir: folder with run.json and lineage.json of the segmenter.
+        inner_fraction: part of the fold's training cases kept for inner validation, on which the
+            filter is calibrated.
+        num_cases: of the training fold, as for ``slice_items``.
+
+    Raises:
+        FileNotFoundError: run.json or lineage.json is missing.
+        ValueError: it is of another arm than baseline, or it saw or was selected on test cases, or
+            was trained on cases of the inner validation; the pair is named.
+
+    Source: engineering choice (issue 5, "Quality filter").
+    """
+    arm = read_record(segmenter_dir).get("arm")
+    if arm != "baseline":
+        raise ValueError(
+            f"segmenter_dir: {segmenter_dir} is of arm {arm!r}; the quality filter needs one of "
+            "arm 'baseline', which no variant has taught"
+        )
+    store = read_store(store_dir)
+    index = store.columns(CASE_COLUMNS)
+    lineage = read_lineage(Path(segmenter_dir) / "lineage.json")
+    leaks = model_leaks(lineage, select(index, fold, "test"), index)
+    inner = select(index, fold, "inner_validation", inner_fraction, num_cases=num_cases)
+    leaks += model_leaks({**lineage, "selection": {}}, inner, index)
+    if selected_on_test(segmenter_dir):
+        raise ValueError(f"leak: segmenter_dir: {segmenter_dir} was selected on test cases")
+    refuse_leaks(leaks, f"{segmenter_dir} for the quality filter of fold {fold}")

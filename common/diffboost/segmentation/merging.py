@@ -59,6 +59,8 @@ def variants_by_slice(
 ) -> dict[tuple[str, int], list[str]]:
     """Files of the kept variants of each (case, slice), in the order of their numbers.
 
+    A slice whose variants were all rejected has an empty list; one without variants is not there.
+
     Args:
         synthetic_dir: a synthetic store (images/, manifest.parquet).
         num_variants: use variants 0 … num_variants - 1 only, which are what a synthesis of that
@@ -80,11 +82,11 @@ def variants_by_slice(
     ratio = int(manifest["variant"].max()) + 1
     if num_variants is not None and not 1 <= num_variants <= ratio:
         raise ValueError(f"num_variants: {num_variants}; {synthetic_dir} has 1 to {ratio} a slice")
-    kept = manifest["kept"] & (manifest["variant"] < (num_variants or ratio))
-    manifest = manifest[kept].sort_values(["case", "slice", "variant"])
+    manifest = manifest[manifest["variant"] < (num_variants or ratio)]
+    manifest = manifest.sort_values(["case", "slice", "variant"])
     root = Path(synthetic_dir).resolve()
     return {
-        (str(case), int(number)): [str(root / image) for image in rows["image"]]
+        (str(case), int(number)): [str(root / image) for image in rows["image"][rows["kept"]]]
         for (case, number), rows in manifest.groupby(["case", "slice"])
     }
 

@@ -1,5 +1,8 @@
 """Training beside the augmentation: the items of an arm, those of selection, and batches."""
 
+import logging
+from collections.abc import Sequence
+
 from monai.engines import PrepareBatchDefault, PrepareBatchExtraInput
 from monai.engines.utils import PrepareBatch
 
@@ -9,6 +12,8 @@ from diffboost.segmentation.merging import SYNTHETIC_ARM, split_arm, variants_by
 
 SELECTIONS = ("inner_validation", "test")
 STORE_CHANNELS = 1  # a slice store holds gray slices
+
+logger = logging.getLogger(__name__)
 
 
 def training_items(
@@ -28,6 +33,8 @@ def training_items(
     """The training slices of a fold; where the arm needs variants, each knows their files.
 
     A slice stands in the list once, whatever the ratio: an epoch has as many steps in every arm.
+    A slice whose variants were all rejected by the quality filter stands in for its own variant;
+    arm synthetic, of variants alone, leaves it out. The log says how many these are.
 
     Args:
         store_dir: slice store.
@@ -49,7 +56,7 @@ def training_items(
 
     Raises:
         ValueError: arm and synthetic_dir disagree, a size or number does not fit the store, or
-            training slices have no variant.
+            training slices have no variant in the manifest.
 
     Source: facts 23
     """
@@ -69,14 +76,36 @@ def training_items(
     if not needs_variants:
         return items
     variants = variants_by_slice(synthetic_dir, num_variants)
-    missing = [item for item in items if (item["case"], int(item["slice"])) not in variants]
+    missing = [item for item in items if _place(item) not in variants]
     if missing:
         names = ", ".join(f"{item['case']} slice {item['slice']}" for item in missing[:5])
         raise ValueError(
-            f"synthetic_dir: {synthetic_dir} has no kept variant of {len(missing)} of "
+            f"synthetic_dir: {synthetic_dir} has no variant of {len(missing)} of "
             f"{len(items)} training slices of fold {fold}, e.g. {names}"
         )
-    return [item | {"variants": variants[item["case"], int(item["slice"])]} for item in items]
+    items = [item | {"variants": variants[_place(item)]} for item in items]
+    return _without_rejected(items, arm, synthetic_dir)
+
+
+def _place(item: dict) -> tuple[str, int]:
+    return item["case"], int(item["slice"])
+
+
+def _without_rejected(items: Sequence[dict], arm: str, synthetic_dir: str) -> list[dict]:
+    """Items whose variants the quality filter all rejected: left out, or merged with themselves."""
+    rejected = sum(not item["variants"] for item in items)
+    if not rejected:
+        return list(items)
+    counted = (
+        f"synthetic_dir: {synthetic_dir} keeps no variant of {rejected} of {len(items)} slices"
+    )
+    if arm != SYNTHETIC_ARM:
+        logger.warning("%s; they are trained on as they are", counted)
+        return [item | {"variants": item["variants"] or [item["image"]]} for item in items]
+    if rejected == len(items):
+        raise ValueError(f"{counted}, so that arm {arm!r} has nothing to train on")
+    logger.warning("%s; arm %r leaves them out", counted, arm)
+    return [item for item in items if item["variants"]]
 
 
 def selection_items(

@@ -1,0 +1,296 @@
+"""The quality filter: every variant gets scores, and is kept or rejected with a reason."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from diffboost.audit.calibration import Judge
+from diffboost.audit.guards import guard_segmenter
+from diffboost.audit.quality_calibration import calibrate_judges, load_instruments
+from diffboost.audit.quality_scores import EMPTY_FAMILIES, FAMILIES
+from diffboost.audit.quality_sheet import draw_judged
+from diffboost.data.slices import read_store, slice_items
+from diffboost.files import sha256_of_files, write_aside, write_json
+from diffboost.processes import is_main_process, wait_for_processes
+from diffboost.segmentation.loading import read_record
+
+logger = logging.getLogger(__name__)
+
+# The columns that the filter adds to a manifest, and the scores that they hold.
+COLUMNS = {
+    "segmenter_agreement": "dice",
+    "edge_agreement": "edge_agreement",
+    "border_contrast": "contrast",
+    "intensity_distance": "intensity_distance",
+    "texture_distance": "texture_distance",
+    "quality": "quality",
+}
+REASONS = {
+    "segmenter": "the segmenter finds something else than the label (agreement {dice:.2f})",
+    "border": "the image shows no such border as the label's (contrast {contrast:.2f})",
+    "edges": "the image does not follow its hint (edge agreement {edge_agreement:.2f})",
+    "intensity": "gray levels or texture unlike real slices (distances {intensity_distance:.1f} "
+    "and {texture_distance:.1f})",
+}
+EMPTY_REASONS = REASONS | {
+    "segmenter": "the label is empty, but the segmenter finds foreground (a share of "
+    "{found_share:.3f})"
+}
+
+
+def filter_variants(
+    store_dir: str,
+    synthetic_dir: str,
+    fold: int,
+    quality_filter: bool,
+    segmenter_dir: str | None = None,
+    segmenter_configs: str | Sequence[str] | None = None,
+    max_lost: float = 0.05,
+    num_calibrated: int = 200,
+    inner_fraction: float = 0.2,
+    num_cases: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Scores the variants of a synthetic store and marks in its manifest those that are rejected.
+
+    Adds COLUMNS to manifest.parquet and sets ``kept`` and ``reason``; writes quality.json and
+    rejected.png beside it. Images stay as they are. The first process does it, the others wait.
+
+    Args:
+        store_dir: the slice store.
+        synthetic_dir: the synthetic store, with its manifest.
+        fold: the fold that is held out; its test part is not looked at.
+        quality_filter: whether to; False writes nothing, and the log says so.
+        segmenter_dir: a segmenter of arm baseline, trained on the same fold.
+        segmenter_configs: the config files that trained it, see ``load_segmenter``.
+        max_lost: share of good variants that may be rejected; see ``calibrate``.
+        num_calibrated: slices with foreground, and as many without, that it is calibrated on.
+        inner_fraction: of the fold's training cases, kept for inner validation.
+        num_cases: of the training fold, see ``slice_items``.
+        seed: draws the slices and their defects.
+        batch_size: images a pass.
+        device: where segmenter and edge detector run.
+
+    Raises:
+        ValueError: no segmenter is named, it knows too much, or there is too little to calibrate
+            on.
+
+    Source: engineering choice (issue 5, "Quality filter").
+    """
+    if not quality_filter:
+        logger.info("quality filter off: all variants are kept; segmenter_dir turns it on")
+        return
+    if segmenter_dir is None:
+        raise ValueError("segmenter_dir: a segmenter is needed where quality_filter is on")
+    if is_main_process():
+        folder = Path(synthetic_dir)
+        judged, items, record = judge_variants(
+            store_dir,
+            synthetic_dir,
+            segmenter_dir,
+            segmenter_configs,
+            fold,
+            inner_fraction,
+            num_cases,
+            max_lost=max_lost,
+            num_calibrated=num_calibrated,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+        )
+        write_aside(folder / "manifest.parquet", judged.to_parquet)
+        _write_record(folder, record)
+        draw_judged(judged, items, folder / "rejected.png")
+    wait_for_processes()
+
+
+def audit_quality(
+    store_dir: str,
+    synthetic_dir: str,
+    segmenter_dir: str,
+    output_dir: str,
+    segmenter_configs: str | Sequence[str],
+    max_lost: float = 0.05,
+    num_calibrated: int = 200,
+    seed: int = 0,
+) -> dict:
+    """Scores the variants of a finished store, which stays as it is.
+
+    Fold, inner split and number of cases are those of the segmenter's run.json.
+
+    Args:
+        store_dir, synthetic_dir, segmenter_dir, segmenter_configs, max_lost, num_calibrated, seed:
+            see ``filter_variants``.
+        output_dir: gets quality.parquet (the manifest with scores, ``kept`` and ``reason``),
+            quality.json and rejected.png.
+
+    Returns:
+        What quality.json says.
+
+    Raises:
+        ValueError: as ``filter_variants``, or ``output_dir`` is one of the three folders.
+
+    Source: engineering choice (issue 5, "Quality filter").
+    """
+    inputs = [Path(folder).resolve() for folder in (store_dir, synthetic_dir, segmenter_dir)]
+    output = Path(output_dir).resolve()
+    if any(output == folder or folder in output.parents for folder in inputs):
+        raise ValueError(f"output_dir: {output_dir} lies in one of the folders that are judged")
+    run = read_record(segmenter_dir)
+    judged, items, record = judge_variants(
+        store_dir,
+        synthetic_dir,
+        segmenter_dir,
+        segmenter_configs,
+        run["fold"],
+        run["inner_fraction"],
+        run["num_cases"],
+        max_lost=max_lost,
+        num_calibrated=num_calibrated,
+        seed=seed,
+    )
+    write_aside(output / "quality.parquet", judged.to_parquet)
+    _write_record(output, record)
+    draw_judged(judged, items, output / "rejected.png")
+    return record
+
+
+def judge_variants(
+    store_dir: str,
+    synthetic_dir: str,
+    segmenter_dir: str,
+    segmenter_configs: str | Sequence[str] | None,
+    fold: int,
+    inner_fraction: float,
+    num_cases: int | None,
+    max_lost: float,
+    num_calibrated: int,
+    seed: int,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+) -> tuple[pd.DataFrame, list[dict], dict]:
+    """The manifest with scores and verdicts, the variants' items, and how all this came about.
+
+    Args:
+        store_dir, synthetic_dir, segmenter_dir, segmenter_configs, fold, inner_fraction, num_cases,
+            max_lost, num_calibrated, seed, batch_size, device: see ``filter_variants``.
+
+    Source: engineering choice.
+    """
+    if segmenter_configs is None:
+        raise ValueError(
+            "segmenter_configs: the config files that trained segmenter_dir are needed"
+        )
+    split = {"inner_fraction": inner_fraction, "num_cases": num_cases}
+    guard_segmenter(store_dir, fold, segmenter_dir, **split)
+    store = read_store(store_dir)
+    parts = {
+        part: slice_items(store_dir, fold, part, **split)
+        for part in ("training", "inner_validation")
+    }
+    instruments = load_instruments(
+        store, segmenter_dir, segmenter_configs, parts["training"], seed, device, batch_size
+    )
+    judges = calibrate_judges(
+        parts["inner_validation"], instruments, max_lost, num_calibrated, seed
+    )
+    manifest = pd.read_parquet(Path(synthetic_dir) / "manifest.parquet")
+    manifest = manifest.drop(columns=list(COLUMNS), errors="ignore").reset_index(drop=True)
+    items = items_of(manifest, synthetic_dir, parts["training"])
+    scores = pd.DataFrame(instruments.score_items(items), index=manifest.index)
+    judged = _with_verdicts(manifest, scores, judges)
+    record = {
+        "segmenter_dir": str(segmenter_dir),
+        "model_sha256": sha256_of_files([Path(segmenter_dir) / "model.pt"]),
+        "fold": fold,
+        "max_lost": max_lost,
+        "num_calibrated": num_calibrated,
+        "seed": seed,
+        "edges": store.header["preprocessing"]["edges"],
+        "judges": {name: judge and judge.describe() for name, judge in judges.items()},
+        **_counts(judged),
+    }
+    return judged, items, record
+
+
+def items_of(
+    manifest: pd.DataFrame, synthetic_dir: str | Path, training: Sequence[Mapping]
+) -> list[dict]:
+    """An item a variant: its image, and what the store has of its slice.
+
+    Args:
+        manifest: image, case, slice of each.
+        synthetic_dir: where the images lie.
+        training: items of the slices that they were made from.
+
+    Raises:
+        ValueError: a variant is of no training slice.
+    """
+    sources = {(str(item["case"]), int(item["slice"])): item for item in training}
+    items = []
+    for image, case, number in zip(manifest.image, manifest.case, manifest.slice, strict=True):
+        source = sources.get((str(case), int(number)))
+        if source is None:
+            raise ValueError(
+                f"{image}: case {case}, slice {number} is none of the training slices of the fold"
+            )
+        items.append({**source, "image": str(Path(synthetic_dir) / image)})
+    return items
+
+
+def _with_verdicts(
+    manifest: pd.DataFrame, scores: pd.DataFrame, judges: Mapping[str, Judge | None]
+) -> pd.DataFrame:
+    """The manifest with COLUMNS, and ``kept`` and ``reason`` where a judge rejects."""
+    scores = scores.assign(quality=np.nan)
+    reasons = pd.Series("", index=manifest.index)
+    for name, judge in judges.items():
+        chosen = scores.group == name
+        if judge is None or not chosen.any():
+            continue
+        rows = scores[chosen]
+        scores.loc[chosen, "quality"] = judge.verdict(rows)
+        reasons[chosen] = _reasons(rows, judge, name)
+    judged = manifest.assign(**{column: scores[score] for column, score in COLUMNS.items()})
+    judged["kept"] = reasons == ""
+    judged["reason"] = reasons
+    return judged
+
+
+def _reasons(rows: pd.DataFrame, judge: Judge, group: str) -> list[str]:
+    """Why each row is rejected; empty for those that are kept."""
+    empty = group == "empty"
+    families, words = (EMPTY_FAMILIES, EMPTY_REASONS) if empty else (FAMILIES, REASONS)
+    parts, verdicts, reasons = judge.parts(rows), judge.verdict(rows), []
+    for (_, row), part, verdict in zip(rows.iterrows(), parts, verdicts, strict=True):
+        against = {
+            family: sum(part[judge.names.index(name)] for name in names)
+            for family, names in families.items()
+        }
+        worst = min(against, key=against.get)
+        reasons.append(f"{worst}: {words[worst].format(**row)}" if verdict < 0 else "")
+    return reasons
+
+
+def _counts(judged: pd.DataFrame) -> dict:
+    """How many variants were kept, rejected by family of reason, or not judged."""
+    families = judged.reason[~judged.kept].str.partition(":")[0].value_counts()
+    return {
+        "variants": len(judged),
+        "kept": int(judged.kept.sum()),
+        "rejected": {name: int(families.get(name, 0)) for name in FAMILIES},
+        "not_judged": int(judged.quality.isna().sum()),
+    }
+
+
+def _write_record(folder: Path, record: Mapping) -> None:
+    """Writes quality.json and says what it says."""
+    write_json(folder / "quality.json", record)
+    text = "quality filter: %d of %d variants kept; rejected by reason: %s; not judged: %d"
+    logger.info(text, *(record[key] for key in ("kept", "variants", "rejected", "not_judged")))
