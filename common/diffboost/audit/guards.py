@@ -92,6 +92,8 @@ def guard_training(
     if before is not None and before.is_file():
         ancestors.append(read_lineage(before))
         leaks += lineage_leaks(ancestors[-1], parts["test"], index)
+    elif before is not None:
+        logger.warning("weights: %s: no lineage.json says what they were trained on", weights)
     if allow_selection_on_test:
         leaks = [leak for leak in leaks if leak.kind != "selection"]
     refuse_leaks(leaks, f"training on fold {fold} of {store.store_dir}")
@@ -111,6 +113,27 @@ def _hashes(rows: pd.DataFrame) -> dict[str, str]:
     """case -> hash of its source files."""
     rows = rows.drop_duplicates("case").astype(str)
     return dict(sorted(zip(rows["case"], rows.source_sha256, strict=True)))
+
+
+def guard_generator(store_dir: str, fold: int | None, lineage: Mapping) -> None:
+    """Refuses a generator that saw test cases of the fold, itself or what it was trained from.
+
+    Args:
+        store_dir: slice store whose training part is varied.
+        fold: the fold that is held out; None: no fold is, as in pretraining.
+        lineage: of the generator, with backbone and weights that it began from as ancestors.
+
+    Raises:
+        ValueError: there is a leak; the pair is named.
+
+    Source: engineering choice (issue 5, "a generator that saw a test case").
+    """
+    if fold is None:
+        return
+    store = read_store(store_dir)
+    index = store.columns(CASE_COLUMNS)
+    leaks = lineage_leaks(lineage, select(index, fold, "test"), index)
+    refuse_leaks(leaks, f"the generator for fold {fold} of {store.store_dir}")
 
 
 def guard_evaluation(
