@@ -1,6 +1,5 @@
 """What planted_leaks.py plants beside raw files: stores, their folds, lineages and manifests."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from plants import Plant
 from diffboost.data.addresses import address_seed
 from diffboost.data.slices import read_store, sha256_of_files
 from diffboost.data.splits import assign_folds
+from diffboost.generation.lineage import write_lineage
 
 
 def join_stores(base: Path, part: Path, store_dir: Path) -> None:
@@ -74,7 +74,7 @@ def plant_models(store_dir: Path, folder: Path, plants: list[Plant]) -> dict[str
     for name, place in places.items():
         place.mkdir()
         told = model if name == "model_dir" else lineage["own"]
-        (place / "lineage.json").write_text(json.dumps(told))
+        write_lineage(place / "lineage.json", told)
     _write_variants(places["synthetic_dir"], index.set_index("case"), sources)
     return places
 

@@ -43,22 +43,21 @@ SETS = {
     "busi": ("breast_ultrasound", 96, ["benign", "malignant", "normal"]),
     "Task04_Hippocampus": ("hippocampus_mri", 64, None),
 }
-A_ROUND = 20
 NUM_FOLDS = 3
 CLEAN_SHARE = 0.25
 
 
-def plan(num_leaks: int) -> list[tuple[str, list[str]]]:
+def plan(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """Rounds: a data set and the kinds of its leaks; single images have no other slices."""
-    kinds = [list(KINDS)[number % len(KINDS)] for number in range(num_leaks)]
     shares: dict[str, list[str]] = {name: [] for name in SETS}
-    for number, kind in enumerate(kinds):
-        flat = kind != "volume" and number // len(KINDS) % 2 == 0
+    for number in range(options.leaks):
+        kind = options.kinds[number % len(options.kinds)]
+        flat = kind != "volume" and number // len(options.kinds) % 2 == 0
         shares["busi" if flat else "Task04_Hippocampus"].append(kind)
     return [
-        (name, share[start : start + A_ROUND])
+        (name, share[start : start + options.a_round])
         for name, share in shares.items()
-        for start in range(0, len(share), A_ROUND)
+        for start in range(0, len(share), options.a_round)
     ]
 
 
@@ -193,7 +192,7 @@ def run(options: argparse.Namespace, scratch: Path) -> dict:
         duplicates[name] = [f"{row.case} = {row.other} ({row.likeness:.2f})" for row in listed]
         logger.warning("%s: %d pairs of duplicates", name, len(duplicates[name]))
     rounds = []
-    for number, (name, kinds) in enumerate(plan(options.leaks)):
+    for number, (name, kinds) in enumerate(plan(options)):
         folder = scratch / f"round_{number}"
         rounds.append(run_round(name, kinds, folder, data, bases[name], rng))
         logger.warning("round %d, %s: %s", number, name, rounds[-1])
@@ -225,6 +224,8 @@ def main() -> None:
     """Runs all in a scratch folder, prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--leaks", type=int, default=120)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--a_round", type=int, default=20, help="leaks in one store")
     parser.add_argument("--clean", type=int, default=50, help="clean random splits")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--stores", type=Path, help="keeps the prepared data sets; else scratch")
