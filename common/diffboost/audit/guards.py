@@ -82,18 +82,15 @@ def guard_training(
         "validation": index[index.case.isin(chosen)],
         "test": select(index, fold, "test"),
     }
-    leaks = split_leaks(parts)
-    ancestors = []
+    leaks, ancestors = split_leaks(parts), []
     if synthetic_dir is not None:
         used = (file for item in training for file in item.get("variants", ()))
         leaks += variant_leaks(synthetic_dir, parts["test"], index, used)
         ancestors.append(read_lineage(Path(synthetic_dir) / "lineage.json"))
-    before = Path(weights).with_name("lineage.json") if weights else None
-    if before is not None and before.is_file():
-        ancestors.append(read_lineage(before))
-        leaks += lineage_leaks(ancestors[-1], parts["test"], index)
-    elif before is not None:
-        logger.warning("weights: %s: no lineage.json says what they were trained on", weights)
+    before = _lineage_beside(weights)
+    if before is not None:
+        leaks += lineage_leaks(before, parts["test"], index)
+        ancestors.append(before)
     if allow_selection_on_test:
         leaks = [leak for leak in leaks if leak.kind != "selection"]
     refuse_leaks(leaks, f"training on fold {fold} of {store.store_dir}")
@@ -107,6 +104,17 @@ def guard_training(
     if lineage_dir is not None and is_main_process():
         write_lineage(Path(lineage_dir) / "lineage.json", lineage)
     return lineage
+
+
+def _lineage_beside(weights: str | None) -> dict | None:
+    """The lineage of weights that training starts from; None, with a warning, if they have none."""
+    if weights is None:
+        return None
+    path = Path(weights).with_name("lineage.json")
+    if path.is_file():
+        return read_lineage(path)
+    logger.warning("weights: %s: no lineage.json says what they were trained on", weights)
+    return None
 
 
 def _hashes(rows: pd.DataFrame) -> dict[str, str]:
