@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 NEAR_DUPLICATE, SAME_VOLUME = "near-duplicate", "another slice of the same volume"
 LIKE = 0.56  # least likeness of near-duplicates
+PARALLELS = (-2, -1, 0, 1, 2)  # slices beside the two, of which volumes must be alike on average …
+NEARLY = 0.1  # … where the two are nearly alike
 LESS_IN_PLACE = 0.06  # less for unturned slices whose shape and spacing few other cases have
 FEW = 0.1  # share of the cases
 LEAST_OVERLAP = 0.6
@@ -36,7 +38,7 @@ NUM_COMMON = 60  # components that a data set has in common, at most one for eve
 SLICES_A_COMPONENT = 20
 ENOUGH_COMPONENTS = 5  # with fewer, near-duplicates must be more alike: up to CLEAR, with none
 LARGEST_COMMON = 1000  # slices from which they are learned
-STANDS_OUT = 5.0  # near-duplicates lie this many deviations above the median of drawn pairs …
+STANDS_OUT = 4.0  # near-duplicates lie this many deviations above the median of drawn pairs …
 CERTAIN = 0.97  # … but more is never asked for
 BATCH = 64
 
@@ -131,12 +133,34 @@ class SliceComparison:
                 self.limit,
                 usual,
             )
-        found = [pair for pair in found if pair[3] > self.limit]
+        found = [pair for pair in found if pair[3] > self.limit - NEARLY]
+        alike = zip(found, self._likeness_of(found), strict=True)
+        found = [pair for pair, value in alike if value > self.limit - NEARLY]
         return [
             self._pair(a, b, value, NEAR_DUPLICATE)
-            for (a, b, _, _), value in zip(found, self._likeness_of(found), strict=True)
+            for (a, b, _, _), value in zip(found, map(self._parallel_likeness, found), strict=True)
             if value >= self.limit
         ]
+
+    def _parallel_likeness(self, pair: tuple) -> float:
+        """Mean likeness of aligned slices and those beside them, by the same map, in either order.
+
+        Two patients' slices may agree by chance; those beside them then do so less, while those of
+        a copy of a volume agree as well.
+        """
+        a, b, map_, score = pair
+        means = []
+        for order in (1, -1):
+            beside = [
+                (a + step, b + order * step, map_, score)
+                for step in PARALLELS
+                if self._same_case(a, a + step) and self._same_case(b, b + order * step)
+            ]
+            means.append(float(np.mean(self._likeness_of(beside))))
+        return max(means)
+
+    def _same_case(self, row: int, other: int) -> bool:
+        return 0 <= other < len(self.case) and self.case[row] == self.case[other]
 
     def _likeness_of(self, found: list[tuple]) -> list[float]:
         """Likeness of aligned slices, the lower one of two directions.
