@@ -32,7 +32,7 @@ LEAST_OVERLAP = 0.6
 SEARCH_PX, SEARCH_BAND = 32, (0.7, 3.0)
 MEASURE_PX, MEASURE_BAND = 64, (0.7, 3.0)
 LOADED_PX = 96
-NUM_MEASURED = 6  # fine alignments for each case; slices of volumes take 3, with their neighbors …
+NUM_MEASURED = 6  # fine alignments for each case, of volumes with both neighbors …
 CLEAR, MOST_MEASURED = 0.8, 8  # … and those of more cases, if their coarse correlation is clear
 NUM_COMMON = 60  # components that a data set has in common, at most one for every so many slices:
 SLICES_A_COMPONENT = 20
@@ -196,11 +196,11 @@ class SliceComparison:
                 best = ranked.setdefault(b, {})
                 if score > best.get(self.case[a], (-np.inf,))[0]:
                     best[self.case[a]] = (score, a, map_)
-        chosen, sure = [], NUM_MEASURED // (3 if self.counts.max() > 1 else 1)
+        chosen = []
         for row, best in ranked.items():
             matches = sorted(best.values(), key=lambda match: -match[0])
             for rank, (score, match, map_) in enumerate(matches[:MOST_MEASURED]):
-                if rank < sure or score >= CLEAR:
+                if rank < NUM_MEASURED or score >= CLEAR:
                     chosen.append((match, row, map_))
         return chosen
 
