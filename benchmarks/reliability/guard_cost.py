@@ -1,6 +1,6 @@
 """What the guards against leaks cost a segmenter's training and evaluation.
 
-    python benchmarks/reliability/guard_cost.py STORE_DIR [--synthetic_dir DIR] [--epochs 3]
+    python benchmarks/reliability/guard_cost.py STORE_DIR [--synthetic_dir DIR] [--epochs 10]
 
 Trains and evaluates on fold 0 of a store by the bundle's configs, all in this process: runs with
 the guards and runs whose configs do not call them take turns, and who is first alternates. Other
@@ -132,8 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("store_dir", type=Path)
     parser.add_argument("--synthetic_dir", type=Path, help="arm diffboost with these variants")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     logging.disable(logging.INFO)
     scratch = Path(tempfile.mkdtemp(prefix="guard_cost_"))
