@@ -1,13 +1,19 @@
 """Leaks between folds are refused before a training begins, and the pair is named."""
 
 import json
+from pathlib import Path
 
+import monai
 import pandas as pd
 import pytest
+import yaml
 from small_store import write_store, write_variants
 
-from diffboost.audit.guards import guard_training
+from diffboost.audit.checks import Leak
+from diffboost.audit.guards import guard_evaluation, guard_generator, guard_training, refuse_leaks
 from diffboost.data.slices import slice_items
+
+BUNDLES = Path(__file__).parents[1] / "bundles"
 
 
 @pytest.fixture
@@ -54,3 +60,73 @@ def test_variants_under_another_lineage_than_their_manifest_names_are_refused(st
     lineage.write_text(json.dumps(seen))
     with pytest.raises(ValueError, match="is not the lineage that the manifest names"):
         guard_training(store_dir, 0, *parts(store_dir), synthetic_dir=str(synthetic_dir))
+
+
+def lineage(*numbers, **more):
+    """Of a model that saw the cases of these numbers."""
+    return {"cases": {f"seen_{n}": f"{n:064x}" for n in numbers}, "ancestors": [], **more}
+
+
+def test_a_generator_that_saw_test_cases_is_refused_whatever_it_began_from(store_dir):
+    guard_generator(store_dir, 0, lineage(1, 2, ancestors=[lineage(4)]))
+    guard_generator(store_dir, None, lineage(0))
+    with pytest.raises(ValueError, match="leak: the generator for fold 0 .*seen_3 and case_3"):
+        guard_generator(store_dir, 0, lineage(1, 3))
+    with pytest.raises(ValueError, match="seen_0 and case_0.* 2 back"):
+        guard_generator(store_dir, 0, lineage(1, ancestors=[lineage(2, ancestors=[lineage(0)])]))
+
+
+def test_weights_that_were_selected_on_test_cases_are_refused(store_dir, tmp_path, caplog):
+    weights = tmp_path / "model.pt"
+    guard_training(store_dir, 0, *parts(store_dir), weights=str(weights))
+    assert "no lineage.json says what they were trained on" in caplog.text
+    before = lineage(1, selection={"seen_3": f"{3:064x}"})
+    weights.with_name("lineage.json").write_text(json.dumps(before))
+    with pytest.raises(ValueError, match="seen_3 and case_3: the model is selected on test cases"):
+        guard_training(store_dir, 0, *parts(store_dir), weights=str(weights))
+    with pytest.raises(ValueError, match="seen_3 and case_3: the model is selected on test cases"):
+        guard_evaluation(store_dir, 0, "test", str(weights))
+    guard_training(
+        store_dir, 0, *parts(store_dir), weights=str(weights), allow_selection_on_test=True
+    )
+
+
+def test_five_pairs_are_named_and_the_others_counted():
+    leaks = [Leak("case", f"first_{n}", f"second_{n}", "the same name") for n in range(7)]
+    with pytest.raises(
+        ValueError, match="first_4 and second_4.*; and 2 more.*audit leaks"
+    ) as error:
+        refuse_leaks(leaks, "here")
+    assert "first_5" not in str(error.value)
+    refuse_leaks([], "here")
+
+
+@pytest.mark.parametrize(
+    ("config", "guard", "begins"),
+    [
+        ("diffboost_segmentation/configs/train.yaml", "guard_training", "$@train::trainer.run()"),
+        ("diffboost_segmentation/configs/evaluate.yaml", "guard_evaluation",
+         "$@validate::evaluator.run()"),
+        ("diffboost_synthesis/configs/inference.yaml", "guard_generator", "$@evaluator.run()"),
+    ],
+)  # fmt: skip
+def test_stages_call_their_guard_before_they_begin(config, guard, begins):
+    run = yaml.safe_load((BUNDLES / config).read_text())["run"]
+    called = [step["_target_"] if isinstance(step, dict) else step for step in run]
+    assert called.index(f"diffboost.audit.guards.{guard}") < called.index(begins)
+
+
+def test_the_bundle_refuses_and_leaves_no_model(store_dir, tmp_path):
+    path = f"{store_dir}/index.parquet"
+    index = pd.read_parquet(path)
+    index.loc[index.case == "case_1", "source_sha256"] = f"{0:064x}"
+    index.to_parquet(path)
+    with pytest.raises(RuntimeError) as error:
+        monai.bundle.run(
+            config_file=str(BUNDLES / "diffboost_segmentation/configs/train.yaml"),
+            bundle_root=str(tmp_path), store_dir=store_dir, output_dir=str(tmp_path / "run"),
+            image_size=32, num_classes=3, channels=[4, 8, 8], epochs=1, inner_fraction=0,
+            selection="test", allow_selection_on_test=True,
+        )  # fmt: skip
+    assert "case_1 and case_0: the same image" in str(error.value.__cause__)
+    assert not list(tmp_path.glob("run*/model*.pt"))

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 from small_store import write_store, write_variants
 
-from diffboost import cli
+from diffboost.audit import commands
 from diffboost.audit.leaks import audit_leaks, write_leaks
 from diffboost.data.comparison import in_plane_shape
 from diffboost.data.duplicates import find_duplicates
@@ -108,11 +108,11 @@ def test_folds_and_inner_validation_keep_copies_together(copies):
 def test_the_command_names_copies_across_folds_with_their_kind(copies, tmp_path, caplog):
     store, pairs = copies
     caplog.set_level("INFO")
-    cli.leaks(str(store))
+    commands.leaks(str(store))
     assert "no leak in" in caplog.text
     planted = rewrite(store, tmp_path / "store", unaware)
     with pytest.raises(SystemExit) as exit_:
-        cli.leaks(str(planted), inner_fraction=0.0, output=str(tmp_path / "leaks.csv"))
+        commands.leaks(str(planted), inner_fraction=0.0, output=str(tmp_path / "leaks.csv"))
     assert exit_.value.code == 1 and "scan_01 and turned: a near-duplicate" in caplog.text
     leaks = pd.read_csv(tmp_path / "leaks.csv")
     assert {frozenset(pair) for pair in zip(leaks["first"], leaks.second, strict=True)} == pairs
@@ -122,7 +122,7 @@ def test_the_command_names_copies_across_folds_with_their_kind(copies, tmp_path,
     assert kinds["same"] == "image" and kinds["turned"] == "duplicate"
     assert leaks.reason.str.endswith("folds 0, 1").all()
     with pytest.raises(SystemExit, match="no such folder"):
-        cli.leaks(str(tmp_path / "none"))
+        commands.leaks(str(tmp_path / "none"))
 
 
 def test_a_case_in_two_folds_is_named(copies, tmp_path):
@@ -259,7 +259,7 @@ def write_lineage(folder, lineage, manifest=None):
 
 
 def audit(store, **places):
-    """Kind and names of all leaks; the balls of this store are too few to be compared."""
+    """Kind and names of all leaks in what the files tell; no search in the images."""
     nothing = pd.DataFrame(columns=["case", "slice", "other", "other_slice", "likeness", "kind"])
     leaks = audit_leaks(store, pairs=nothing, inner_fraction=0.0, **places)
     return {(leak.kind, leak.first, leak.second) for leak in leaks}

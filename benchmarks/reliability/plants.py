@@ -1,11 +1,11 @@
-"""What planted_leaks.py plants: raw files, splits, lineages and manifests."""
+"""What planted_leaks.py plants in raw files: copies, changed copies, halves of volumes."""
 
 import gzip
 import io
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -15,14 +15,10 @@ from PIL import Image
 from scipy import ndimage
 
 from diffboost.audit.checks import Leak
-from diffboost.data.addresses import address_seed
-from diffboost.data.slices import read_store, sha256_of_files
 from diffboost.data.sources import Case, read_source
-from diffboost.data.splits import assign_folds
-from diffboost.data.tasks import change_task, read_task
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plant:
     """A planted leak: its kind, the two names that must be reported, and how it was made.
 
@@ -33,14 +29,15 @@ class Plant:
     first: str
     second: str
     origin: str
-    how: str
+    how: str = ""
 
     def is_named(self, leak: Leak, kind: str | None = None) -> bool:
         """Whether a leak names both sides; or, of a held-out source, it and one of its variants."""
         if kind not in (None, leak.kind):
             return False
         by_variant = leak.first.startswith("images/") and leak.second == self.second
-        return {leak.first, leak.second} == {self.first, self.second} or by_variant
+        both = {leak.first, leak.second} == {self.first, self.second}
+        return both or (self.kind == "generator" and by_variant)
 
     @property
     def in_files(self) -> bool:
@@ -50,50 +47,56 @@ class Plant:
 
 @dataclass
 class Raw:
-    """A raw folder of links to real files, and its cases."""
+    """A raw folder of copies of some real cases, and these cases."""
 
     root: Path
     cases: dict[str, Case]
     flat: bool
 
 
-def write_raw(source: Path, root: Path) -> Raw:
-    """A folder of links to a real data set's files; a Decathlon json is copied."""
+def _copy_raw(source: Path, root: Path, cases: list[Case]) -> Raw:
+    """A raw folder with the files of some cases of a real data set; they can be changed there."""
     flat = not (source / "dataset.json").is_file()
-    for path in source.rglob("*.png" if flat else "*.nii.gz"):
-        target = root / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(path)
-    if flat:
-        task = change_task(
-            read_task("breast_ultrasound"), include=["benign", "malignant", "normal"]
-        )
-    else:
-        task = read_task("hippocampus_mri")
-        shutil.copy(source / "dataset.json", root)
-    return Raw(root, {case.name: case for case in read_source(root, task).cases}, flat)
+    copied = {}
+    for case in cases:
+        places = [root / path.relative_to(source) for path in (case.image, *case.labels)]
+        for path, place in zip((case.image, *case.labels), places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+        copied[case.name] = replace(case, image=places[0], labels=tuple(places[1:]))
+    return Raw(root, copied, flat)
 
 
-def plant_files(raw: Raw, kinds: list[str], groups: Mapping, rng: np.random.Generator) -> list:
-    """Plants what lies in files; every leak has a real case of its own, without duplicates."""
+def plant_files(
+    source: Path, root: Path, task: Mapping, kinds: list[str], groups: Mapping,
+    rng: np.random.Generator,
+) -> list[Plant]:  # fmt: skip
+    """Plants what lies in files; every leak has a real case of its own, without duplicates.
+
+    ``root`` becomes a raw folder of the cases whose files are touched, and of the planted ones.
+    """
+    cases = {case.name: case for case in read_source(source, task).cases}
     alone = pd.Series(groups).value_counts()
-    single = [name for name in raw.cases if alone.get(groups.get(name, name), 1) == 1]
-    names = rng.permutation(single)[: len(kinds)].tolist()
-    plants, added = [], []
-    for number, (kind, name) in enumerate(zip(kinds, names, strict=True)):
-        case, new, how = raw.cases[name], f"planted_{number}", ""
-        if kind in ("image", "duplicate", "volume"):
-            how = _PLANTERS[kind](raw, case, new, rng)
-            added.append(new)
-        plants.append(Plant(kind, new if how else name, name, name, how))
+    single = [name for name in cases if alone[groups[name]] == 1]
+    plants = []
+    for number, (kind, name) in enumerate(
+        zip(kinds, rng.permutation(single)[: len(kinds)].tolist(), strict=True)
+    ):
+        first = f"planted_{number}" if kind in _PLANTERS else name
+        plants.append(Plant(kind, first, name, name))
+    touched = [plant for plant in plants if plant.in_files]
+    raw = _copy_raw(source, root, [cases[plant.origin] for plant in touched])
+    for plant in touched:
+        plant.how = _PLANTERS[plant.kind](raw, raw.cases[plant.origin], plant.first, rng)
     if not raw.flat:
-        path = raw.root / "dataset.json"
-        header = json.loads(path.read_text())
-        header["training"] += [
-            {"image": f"./imagesTr/{new}.nii.gz", "label": f"./labelsTr/{new}.nii.gz"}
-            for new in added
+        header = json.loads((source / "dataset.json").read_text())
+        names = [name for plant in touched for name in (plant.origin, plant.first)]
+        header["training"] = [
+            {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+            for name in names
         ]
-        path.write_text(json.dumps(header))
+        header["test"] = []
+        (root / "dataset.json").write_text(json.dumps(header))
     return plants
 
 
@@ -198,74 +201,8 @@ def _plant_volume(raw: Raw, case: Case, new: str, rng: np.random.Generator) -> s
         moved = affine.copy()
         moved[:3, 3] += cut * affine[:3, 0]
         _write(target, pixels[cut:], moved, raw.flat)
-        source.unlink()  # a link
         _write(source, pixels[:cut], affine, raw.flat)
     return f"cut at {cut}"
 
 
 _PLANTERS = {"image": _plant_image, "duplicate": _plant_duplicate, "volume": _plant_volume}
-
-
-def plant_splits(
-    store_dir: Path, plants: list[Plant], groups: Mapping, num_folds: int, rng: np.random.Generator
-) -> None:
-    """Draws folds anew, as if planted pairs were unknown, with each pair on both sides.
-
-    What must be held out of fold 0 is; a leak of kind "case" has its rows in two folds.
-    """
-    path = store_dir / "index.parquet"
-    index = pd.read_parquet(path)
-    folds = assign_folds(index.case.unique(), num_folds, int(rng.integers(2**31)), groups=groups)
-    for plant in plants:
-        folds[plant.second] = 0
-        if plant.in_files:
-            folds[plant.first] = 1
-    index["fold"] = index.case.map(folds)
-    index["group"] = index.case.map(lambda case: groups.get(case, case))
-    twice = index[index.case.isin({plant.first for plant in plants if plant.kind == "case"})]
-    pd.concat([index, twice.assign(fold=1)], ignore_index=True).to_parquet(path)
-
-
-def plant_models(store_dir: Path, folder: Path, plants: list[Plant]) -> dict[str, Path]:
-    """A generator, its variants and a segmenter of fold 0, whose files tell of held-out cases."""
-    index = read_store(store_dir).index.drop_duplicates("case", keep="first")
-    hashes = dict(zip(index.case, index.source_sha256, strict=True))
-    planted = {name for plant in plants for name in (plant.first, plant.second)}
-    clean = index[(index.fold != 0) & ~index.case.isin(planted)].case.tolist()
-    seen = [plant.first for plant in plants if plant.kind == "generator"]
-    chosen = [plant.first for plant in plants if plant.kind == "selection"]
-    lineage = {name: {"cases": {}, "ancestors": [], "fold": 0} for name in ("own", "ancestor")}
-    sources = clean[:5]
-    for number, name in enumerate(seen):
-        if number % 3 == 2:
-            sources.append(name)
-        else:
-            lineage[("own", "ancestor")[number % 3]]["cases"][name] = hashes[name]
-    lineage["own"]["cases"] |= {name: hashes[name] for name in clean[:20]}
-    lineage["own"]["ancestors"].append(lineage["ancestor"])
-    model = {"cases": {name: hashes[name] for name in clean[:20]}, "ancestors": [], "fold": 0}
-    model["selection"] = {name: hashes[name] for name in [*clean[20:25], *chosen]}
-    places = {f"{name}_dir": folder / name for name in ("synthetic", "generator", "model")}
-    for name, place in places.items():
-        place.mkdir()
-        told = model if name == "model_dir" else lineage["own"]
-        (place / "lineage.json").write_text(json.dumps(told))
-    _write_variants(places["synthetic_dir"], index.set_index("case"), sources)
-    return places
-
-
-def _write_variants(folder: Path, index: pd.DataFrame, sources: list[str]) -> None:
-    """Two variants of a slice of every source."""
-    (folder / "images").mkdir()
-    rows = []
-    for case in sources:
-        for variant in range(2):
-            image = f"images/{case}_{variant:03d}.png"
-            pixels = np.random.default_rng(address_seed(case, variant)).integers(0, 255, (16, 16))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / image)
-            rows.append(
-                {"image": image, "case": case, "slice": 0, "variant": variant, "kept": True}
-            )
-            rows[-1]["source_image"] = str(index.image[case])
-            rows[-1]["lineage_sha256"] = sha256_of_files([folder / "lineage.json"])
-    pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")

@@ -18,7 +18,7 @@ KINDS = {
     "image": "the same image under another name",
     "duplicate": "a near-duplicate",
     "volume": "another slice of the same volume",
-    "generator": "the generator saw a held-out case, or a variant was made from one",
+    "generator": "the generator or a model before it saw a held-out case, or a variant shows one",
     "selection": "the model is selected on test cases",
 }
 
@@ -93,6 +93,9 @@ def lineage_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame)
         held_out: rows of the index of a store (case, group, source_sha256).
         index: all rows; tells the group of a case that was seen, by its hash.
 
+    Returns:
+        Leaks of kind ``generator``, and ``selection`` where a model was only selected on the case.
+
     Source: engineering choice (design, "lineage").
     """
     held_out = held_out.drop_duplicates(["case", "group", "source_sha256"]).astype(str)
@@ -101,23 +104,24 @@ def lineage_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame)
     groups = index.drop_duplicates("source_sha256").astype(str)
     groups = dict(zip(groups.source_sha256, groups.group, strict=True))
     leaks = []
-    for depth, seen in _seen(lineage):
+    for depth, kind, seen in _seen(lineage):
         model = "its lineage" if depth == 0 else f"an ancestor, {depth} back, in its lineage"
         for case, sha256 in seen:
             if sha256 in by_hash:
-                leaks.append(Leak("generator", case, by_hash[sha256], f"{model}: the same hash"))
+                leaks.append(Leak(kind, case, by_hash[sha256], f"{model}: the same hash"))
             elif groups.get(sha256) in by_group:
                 second = by_group[groups[sha256]]
-                leaks.append(Leak("generator", case, second, f"{model}: one group of duplicates"))
+                leaks.append(Leak(kind, case, second, f"{model}: one group of duplicates"))
     return leaks
 
 
-def _seen(lineage: Mapping, depth: int = 0) -> Iterator[tuple[int, Iterable[tuple[str, str]]]]:
-    """Names and hashes of the cases that a model has seen, then those of its ancestors."""
-    cases = lineage["cases"]
-    if isinstance(cases, pa.Table):
-        cases = dict(zip(cases["case"].to_pylist(), cases["sha256"].to_pylist(), strict=True))
-    yield depth, cases.items()
+def _seen(lineage: Mapping, depth: int = 0) -> Iterator[tuple[int, str, Iterable[tuple[str, str]]]]:
+    """Names and hashes of the cases that taught or selected a model, then of its ancestors."""
+    for key, kind in (("cases", "generator"), ("selection", "selection")):
+        cases = lineage.get(key, {})
+        if isinstance(cases, pa.Table):
+            cases = dict(zip(cases["case"].to_pylist(), cases["sha256"].to_pylist(), strict=True))
+        yield depth, kind, cases.items()
     for ancestor in lineage.get("ancestors", []):
         yield from _seen(ancestor, depth + 1)
 
@@ -191,16 +195,13 @@ def model_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame) -
 
     Source: engineering choice (issue 5, "Lineage and leak guard").
     """
-    kinds = {"cases": "case", "selection": "selection"}
     leaks = []
-    for key, kind in kinds.items():
-        own = {"cases": lineage.get(key, {}), "ancestors": []}
-        for leak in lineage_leaks(own, held_out, index):
-            renamed = kind == "case" and leak.first != leak.second
+    for leak in lineage_leaks({**lineage, "ancestors": []}, held_out, index):
+        kind = leak.kind
+        if kind == "generator":
             sure = "image" if "hash" in leak.reason else "duplicate"
-            leaks.append(
-                Leak(sure if renamed else kind, leak.first, leak.second, f"{key} of {leak.reason}")
-            )
+            kind = "case" if leak.first == leak.second else sure
+        leaks.append(Leak(kind, leak.first, leak.second, leak.reason))
     return leaks + [
         leak
         for ancestor in lineage.get("ancestors", [])

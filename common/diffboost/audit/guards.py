@@ -90,16 +90,15 @@ def guard_training(
         "validation": index[index.case.isin(chosen)],
         "test": select(index, fold, "test"),
     }
-    leaks = split_leaks(parts)
-    ancestors = []
+    leaks, ancestors = split_leaks(parts), []
     if synthetic_dir is not None:
         used = (file for item in training for file in item.get("variants", ()))
         leaks += variant_leaks(synthetic_dir, parts["test"], index, used)
         ancestors.append(read_lineage(Path(synthetic_dir) / "lineage.json"))
-    before = Path(weights).with_name("lineage.json") if weights else None
-    if before is not None and before.is_file():
-        ancestors.append(read_lineage(before))
-        leaks += lineage_leaks(ancestors[-1], parts["test"], index)
+    before = _lineage_beside(weights)
+    if before is not None:
+        leaks += lineage_leaks(before, parts["test"], index)
+        ancestors.append(before)
     if allow_selection_on_test:
         leaks = [leak for leak in leaks if leak.kind != "selection"]
     refuse_leaks(leaks, f"training on fold {fold} of {store.store_dir}")
@@ -115,10 +114,42 @@ def guard_training(
     return lineage
 
 
+def _lineage_beside(weights: str | None) -> dict | None:
+    """The lineage of weights that training starts from; None, with a warning, if they have none."""
+    if weights is None:
+        return None
+    path = Path(weights).with_name("lineage.json")
+    if path.is_file():
+        return read_lineage(path)
+    logger.warning("weights: %s: no lineage.json says what they were trained on", weights)
+    return None
+
+
 def _hashes(rows: pd.DataFrame) -> dict[str, str]:
     """case -> hash of its source files."""
     rows = rows.drop_duplicates("case").astype(str)
     return dict(sorted(zip(rows["case"], rows.source_sha256, strict=True)))
+
+
+def guard_generator(store_dir: str, fold: int | None, lineage: Mapping) -> None:
+    """Refuses a generator that saw test cases of the fold, itself or what it was trained from.
+
+    Args:
+        store_dir: slice store whose training part is varied.
+        fold: the fold that is held out; None: no fold is, as in pretraining.
+        lineage: of the generator, with backbone and weights that it began from as ancestors.
+
+    Raises:
+        ValueError: there is a leak; the pair is named.
+
+    Source: engineering choice (issue 5, "a generator that saw a test case").
+    """
+    if fold is None:
+        return
+    store = read_store(store_dir)
+    index = store.columns(CASE_COLUMNS)
+    leaks = lineage_leaks(lineage, select(index, fold, "test"), index)
+    refuse_leaks(leaks, f"the generator for fold {fold} of {store.store_dir}")
 
 
 def guard_evaluation(

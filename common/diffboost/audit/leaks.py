@@ -73,11 +73,7 @@ def audit_leaks(
     folds = sorted({int(number) for number in index.fold if number >= 0}) or [0]
     found: dict[tuple, list] = {}
     for number in folds if fold is None else [fold]:
-        parts = {
-            name: select(index, number, part, inner_fraction, num_cases=num_cases)
-            for name, part in PARTS.items()
-            if inner_fraction or name != "validation"
-        }
+        parts = _parts(index, number, inner_fraction, num_cases)
         parts = {name: rows.assign(group=joined[rows.index]) for name, rows in parts.items()}
         leaks = _named_by_pairs(split_leaks(parts), pairs)
         for leak in leaks:
@@ -96,6 +92,17 @@ def audit_leaks(
         if folder is not None:
             leaks += check(Path(folder), index, fold)
     return leaks
+
+
+def _parts(
+    index: pd.DataFrame, fold: int, inner_fraction: float, num_cases: int | None
+) -> dict[str, pd.DataFrame]:
+    """The rows of training, validation (if there is one) and test, as training draws them."""
+    return {
+        name: select(index, fold, part, inner_fraction, num_cases=num_cases)
+        for name, part in PARTS.items()
+        if inner_fraction or name != "validation"
+    }
 
 
 def _hash_again(store: SliceStore) -> pd.DataFrame:

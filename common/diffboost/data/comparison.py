@@ -4,6 +4,7 @@ The thresholds come from planted copies and from pairs of different patients of 
 hippocampus MR.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,31 +12,34 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from diffboost.data.registration import Likeness, TurnSearch, align, invert, texture
+from diffboost.data.candidates import Candidates
+from diffboost.data.registration import Likeness, align, invert, texture
 from diffboost.data.splits import group_cases
 from diffboost.data.tasks import AXCODES
 from diffboost.data.transforms import LoadSliced
 
+logger = logging.getLogger(__name__)
+
 NEAR_DUPLICATE, SAME_VOLUME = "near-duplicate", "another slice of the same volume"
 LIKE = 0.56  # least likeness of near-duplicates
+PARALLELS = (-2, -1, 0, 1, 2)  # slices beside the two, of which volumes must be alike on average …
+NEARLY = 0.1  # … where the two are nearly alike
 LESS_IN_PLACE = 0.06  # less for unturned slices whose shape and spacing few other cases have
 FEW = 0.1  # share of the cases
 LEAST_OVERLAP = 0.6
 SEARCH_PX, SEARCH_BAND = 32, (0.7, 3.0)
 MEASURE_PX, MEASURE_BAND = 64, (0.7, 3.0)
 LOADED_PX = 96
-NUM_CANDIDATES = 24  # cases that are aligned coarsely, for each case, from two starts
-NUM_UPRIGHT = 32  # more of them, of those that look alike as they are: images of one sweep do
-UPRIGHT = (0, 1, 23)  # ways of turning by 0, 15 and -15 degrees, not mirrored
-NUM_MEASURED = 6  # fine alignments for each case; slices of volumes take 3, with their neighbors …
+NUM_MEASURED = 6  # fine alignments for each case, of volumes with both neighbors …
 CLEAR, MOST_MEASURED = 0.8, 8  # … and those of more cases, if their coarse correlation is clear
 NUM_COMMON = 60  # components that a data set has in common, at most one for every so many slices:
 SLICES_A_COMPONENT = 20
 ENOUGH_COMPONENTS = 5  # with fewer, near-duplicates must be more alike: up to CLEAR, with none
 LARGEST_COMMON = 1000  # slices from which they are learned
+STANDS_OUT = 4.0  # near-duplicates lie this many deviations above the median of drawn pairs …
+CERTAIN = 0.97  # … but more is never asked for
 BATCH = 64
 
 
@@ -115,57 +119,69 @@ class SliceComparison:
 
         Source: engineering choice.
         """
-        found = self._measure(self._align_coarsely(self._candidates()))
-        self.likeness = self._learn_common(found)
+        candidates = Candidates(self.coarse, SEARCH_PX, self.shown, self.starts)
+        found, drawn = (self._measure(self._align_coarsely(pairs)) for pairs in candidates.search())
+        clear = _standing_out([score for *_, score in drawn], CLEAR)
+        self.likeness = self._learn_common(found, clear)
         known = min(1, self.likeness.components.shape[1] / ENOUGH_COMPONENTS)
-        self.limit = known * LIKE + (1 - known) * CLEAR
-        pairs = []
-        for part in _batches([pair for pair in found if pair[3] > self.limit]):
+        usual = known * LIKE + (1 - known) * CLEAR
+        self.limit = _standing_out(self._likeness_of(drawn), usual)
+        if self.limit > usual:
+            logger.warning(
+                "the cases look much alike: pairs count as near-duplicates from a likeness of %.2f "
+                "on, not from %.2f; changed copies may be missed",
+                self.limit,
+                usual,
+            )
+        found = [pair for pair in found if pair[3] > self.limit - NEARLY]
+        alike = zip(found, self._likeness_of(found), strict=True)
+        found = [pair for pair, value in alike if value > self.limit - NEARLY]
+        return [
+            self._pair(a, b, value, NEAR_DUPLICATE)
+            for (a, b, _, _), value in zip(found, map(self._parallel_likeness, found), strict=True)
+            if value >= self.limit
+        ]
+
+    def _parallel_likeness(self, pair: tuple) -> float:
+        """Mean likeness of aligned slices and those beside them, by the same map, in either order.
+
+        Two patients' slices may agree by chance; those beside them then do so less, while those of
+        a copy of a volume agree as well.
+        """
+        a, b, map_, score = pair
+        means = []
+        for order in (1, -1):
+            beside = [
+                (a + step, b + order * step, map_, score)
+                for step in PARALLELS
+                if self._same_case(a, a + step) and self._same_case(b, b + order * step)
+            ]
+            means.append(float(np.mean(self._likeness_of(beside))))
+        return max(means)
+
+    def _same_case(self, row: int, other: int) -> bool:
+        return 0 <= other < len(self.case) and self.case[row] == self.case[other]
+
+    def _likeness_of(self, found: list[tuple]) -> list[float]:
+        """Likeness of aligned slices, the lower one of two directions.
+
+        What is common lies right in one of the two only, where the other is turned.
+        """
+        values = []
+        for part in _batches(found):
             fixed, moving, maps, _ = zip(*part, strict=True)
             maps = torch.stack(maps)
             fixed, moving = (self.fine[list(rows)].float() for rows in (fixed, moving))
-            # What is common lies right in one of the two only, where the other is turned.
             one = self.likeness.measure(fixed, moving, maps)[1]
             two = self.likeness.measure(moving, fixed, invert(maps))[1]
-            for (a, b, _, _), value in zip(part, torch.minimum(one, two).tolist(), strict=True):
-                if value >= self.limit:
-                    pairs.append(self._pair(a, b, value, NEAR_DUPLICATE))
-        return pairs
+            values += torch.minimum(one, two).tolist()
+        return values
 
     def _pair(self, first: int, second: int, likeness: float, kind: str) -> tuple:
         """A row of the result, the case that comes first in the store in front."""
         first, second = sorted((first, second))
         names = ((self.names[self.case[n]], int(self.number[n])) for n in (first, second))
         return (*next(names), *next(names), round(likeness, 4), kind)
-
-    def _candidates(self) -> list[tuple[int, int, Tensor]]:
-        """Slice, slice of another case that looks like it once turned, and the turn."""
-        examples = self.shown[:: -(-len(self.shown) // 40)]
-        search = TurnSearch(self.coarse, SEARCH_PX, examples)
-        candidates = []
-        for case, row in enumerate(tqdm(self.shown, "search", unit="case")):
-            scores, turns = (values.numpy() for values in search.find(row))
-            upright = scores[list(UPRIGHT)]
-            starts = [
-                (way, place)
-                for other in self._best_cases(scores, case, NUM_CANDIDATES)
-                for way, place in _two_best(scores[:, other], other.start)
-            ] + [
-                (UPRIGHT[way], place)
-                for other in self._best_cases(upright, case, NUM_UPRIGHT)
-                for way, place in _two_best(upright[:, other], other.start)[:1]
-            ]
-            candidates += [
-                (place, row, search.maps[turns[way, place]]) for way, place in dict.fromkeys(starts)
-            ]
-        return candidates
-
-    def _best_cases(self, scores: np.ndarray, case: int, count: int) -> Iterable[slice]:
-        """The rows of each other case with one of the best scores; scores are (ways, slices)."""
-        best = np.maximum.reduceat(scores.max(axis=0), self.starts)
-        best[case] = -np.inf
-        for other in np.argsort(-best, kind="stable")[: min(count, len(best) - 1)]:
-            yield slice(self.starts[other], self.starts[other] + self.counts[other])
 
     def _align_coarsely(self, candidates: list[tuple]) -> list[tuple]:
         """The candidates that stand out for their slice after alignment of coarse textures."""
@@ -180,11 +196,11 @@ class SliceComparison:
                 best = ranked.setdefault(b, {})
                 if score > best.get(self.case[a], (-np.inf,))[0]:
                     best[self.case[a]] = (score, a, map_)
-        chosen, sure = [], NUM_MEASURED // (3 if self.counts.max() > 1 else 1)
+        chosen = []
         for row, best in ranked.items():
             matches = sorted(best.values(), key=lambda match: -match[0])
             for rank, (score, match, map_) in enumerate(matches[:MOST_MEASURED]):
-                if rank < sure or score >= CLEAR:
+                if rank < NUM_MEASURED or score >= CLEAR:
                     chosen.append((match, row, map_))
         return chosen
 
@@ -212,10 +228,10 @@ class SliceComparison:
                     best[key] = (a, b, map_, score)
         return list(best.values())
 
-    def _learn_common(self, found: list[tuple]) -> Likeness:
-        """What the store's slices have in common; of cases that look the same one is taken."""
-        clear = ((self.case[a], self.case[b]) for a, b, _, score in found if score >= CLEAR)
-        group = group_cases(range(len(self.names)), clear)
+    def _learn_common(self, found: list[tuple], clear: float) -> Likeness:
+        """What the store's slices have in common; of cases that correlate clearly one is taken."""
+        same = ((self.case[a], self.case[b]) for a, b, _, score in found if score >= clear)
+        group = group_cases(range(len(self.names)), same)
         rows = np.flatnonzero([group[case] == case for case in self.case])
         num_components = min(NUM_COMMON, len(rows) // SLICES_A_COMPONENT)
         rows = rows[:: -(-len(rows) // LARGEST_COMMON)]
@@ -261,16 +277,15 @@ class SliceComparison:
         return pairs
 
 
-def _two_best(scores: np.ndarray, first: int) -> list[tuple[int, int]]:
-    """Way and row of the highest of scores (ways, slices), and of the highest far from it.
+def _standing_out(values: Sequence[float], usual: float) -> float:
+    """The usual limit; a higher one if even cases that were drawn come near it.
 
-    ``first`` is the row of the first slice.
+    The deviation is that of the lower half: some drawn pairs may be duplicates.
     """
-    way, place = np.unravel_index(scores.argmax(), scores.shape)
-    rest = scores.copy()
-    rest[way, max(0, place - 2) : place + 3] = -np.inf
-    other_way, other_place = np.unravel_index(rest.argmax(), rest.shape)
-    return [(int(way), first + int(place)), (int(other_way), first + int(other_place))]
+    if not len(values):
+        return usual
+    low, middle = np.quantile(values, [0.16, 0.5])
+    return float(max(usual, min(middle + STANDS_OUT * (middle - low), CERTAIN)))
 
 
 def _batches(items: list, shown: str | None = None) -> Iterable[list]:

@@ -156,10 +156,11 @@ def align(fixed: Tensor, moving: Tensor, maps: Tensor, root_px: int, steps: int 
 
     Source: Baker and Matthews, Lucas-Kanade 20 years on (2004), forward additive.
     """
-    places = _places(fixed.shape[-1], root_px)
+    shown = fixed[:, 1].flatten(1).any(0)  # the other places of the canvas count for none
+    places = _places(fixed.shape[-1], root_px)[:, shown]
     rows, columns = torch.gradient(moving[:, 0], dim=(1, 2))
     stack = torch.cat([moving, torch.stack([columns, rows], dim=1) * root_px], dim=1)
-    target, inside = fixed.flatten(2).unbind(1)
+    target, inside = fixed.flatten(2)[:, :, shown].unbind(1)
     for _ in range(steps):
         warped, mask, *slopes = _sample(stack, maps @ places, root_px).unbind(1)
         mask = inside * (mask > 0.5)
