@@ -57,7 +57,8 @@ def write_store(
     for number in range(num_cases):
         case = f"case_{number}"
         names = write_case(store_dir / "source", layout, case, seed=number)
-        paths = (str(store_dir / "source" / name) for name in names)
+        paths = [str(store_dir / "source" / name) for name in names]
+        source_sha256 = sha256_of_files(paths)
         item = preprocessing(dict(zip(("image", "label"), paths, strict=True)))
         for index in range(item["image"].shape[-1]):
             name = f"{case}_{index:04d}.png"
@@ -71,7 +72,7 @@ def write_store(
             row |= {"group": case, "affine": AFFINE.ravel().tolist()}
             row |= {"original_shape": [40, 52, 1] if layout == "pairs" else [5, 40, 36]}
             row |= {"source_image": names[0], "source_label": names[1]}
-            row |= {"sha256": "", "source_sha256": f"{number:064x}"}
+            row |= {"sha256": "", "source_sha256": source_sha256}
             rows.append(
                 row | {"spacing_mm": [0.8, 0.9, 3.0] if layout == "decathlon" else [1.0] * 3}
             )

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
 from monai.bundle import ConfigParser
 
+from diffboost.data.documents import read_yaml
 from diffboost.knobs import nearest, refuse_unknown
 from diffboost.plans import (
     DEFAULT_NETWORK,
@@ -72,7 +72,7 @@ def _read_keys(path: Path) -> dict:
     """The keys of an experiment file, all of them known and the needed ones there."""
     if not path.is_file():
         raise FileNotFoundError(f"experiment: there is no file {path.absolute()}")
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written = read_yaml(path, "experiment")
     if not isinstance(written, dict):
         raise ValueError(
             f"{path}: an experiment file holds `key: value` lines, name and task first"
@@ -108,7 +108,7 @@ def _with_protocol(written: Mapping, protocols_dir: Path, path: Path) -> dict[st
     if protocol not in known:
         raise ValueError(f"{path}: protocol: {protocol!r} is unknown; {nearest(protocol, known)}")
     file = protocols_dir / f"{protocol}.yaml"
-    stated = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    stated = read_yaml(file, "protocol") or {}
     refuse_unknown(stated, SECTIONS, str(file))
     return {name: (stated.get(name) or {}) | written.get(name, {}) for name in SECTIONS}
 

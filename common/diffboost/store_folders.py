@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffboost.data.documents import read_json
 from diffboost.data.slices import STORE_VERSION, read_store
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def open_partial(store_dir: Path, wanted: Mapping) -> None:
         new_partial(store_dir)
         record.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
         return
-    found = json.loads(record.read_text(encoding="utf-8"))
+    found = read_json(record, "store_dir")
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         first = different[0]

@@ -13,6 +13,7 @@ import pandas as pd
 from diffboost.audit.checks import Leak, lineage_leaks, model_leaks, split_leaks, variant_leaks
 from diffboost.data.slices import read_store
 from diffboost.data.splits import select
+from diffboost.data.weights import check_weights
 from diffboost.generation.lineage import read_lineage, write_lineage
 from diffboost.processes import is_main_process
 
@@ -69,7 +70,7 @@ def guard_training(
         The lineage: what ``trace_lineage`` says of a generator, and ``selection``: case -> hash.
 
     Raises:
-        ValueError: there is a leak; the pair is named.
+        ValueError: there is a leak; the pair is named. Or ``weights`` hold code or are damaged.
         FileNotFoundError: the synthetic store has no lineage.json.
 
     Source: engineering choice (issue 5, "Lineage and leak guard").
@@ -88,6 +89,8 @@ def guard_training(
         used = (file for item in training for file in item.get("variants", ()))
         leaks += variant_leaks(synthetic_dir, parts["test"], index, used)
         ancestors.append(read_lineage(Path(synthetic_dir) / "lineage.json"))
+    if weights is not None:
+        check_weights(weights)
     before = Path(weights).with_name("lineage.json") if weights else None
     if before is not None and before.is_file():
         ancestors.append(read_lineage(before))
@@ -130,10 +133,11 @@ def guard_evaluation(
         allow_selection_on_test: do not refuse that test cases chose the model (protocol paper).
 
     Raises:
-        ValueError: there is a leak; the pair is named.
+        ValueError: there is a leak; the pair is named. Or the model holds code or is damaged.
 
     Source: engineering choice (issue 5, "Lineage and leak guard").
     """
+    check_weights(model_path, "model_path")
     if part != "test":
         return
     path = Path(model_path).with_name("lineage.json")

@@ -4,8 +4,7 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
+from diffboost.data.documents import read_yaml
 from diffboost.knobs import nearest, refuse_unknown
 
 TASKS_DIR = Path(__file__).parent / "tasks"
@@ -73,10 +72,7 @@ def read_task(task: str | Path | Mapping) -> dict:
             raise FileNotFoundError(
                 f"task: '{task}' is neither a shipped task nor a .yaml file; {hint}"
             )
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"task file {path} is not YAML: {error}") from error
+        given = read_yaml(path, "task file")
         origin = f"task file {path}"
     if not isinstance(given, dict):
         raise ValueError(f"{origin}: a mapping of keys is needed, got {type(given).__name__}")

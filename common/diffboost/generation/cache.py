@@ -61,6 +61,29 @@ class Jitterd(RandomizableTransform):
         return out
 
 
+def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    """A .npy file of numbers; Python objects, which could run code, are not loaded.
+
+    Args:
+        path: the file.
+        mmap_mode: as for numpy's ``load``.
+
+    Raises:
+        ValueError: it is damaged or holds objects; remove the cache's folder, it is made again.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+        raise ValueError(f"cache_dir: {path} is damaged: {error}; remove its folder") from error
+    if array.dtype.kind not in "fiu" or not array.ndim:
+        raise ValueError(f"cache_dir: {path} holds {array.dtype}, no numbers; remove its folder")
+    return array
+
+
 class ArrayFile:
     """Rows of a ``.npy`` file, read and written in place.
 
@@ -74,7 +97,7 @@ class ArrayFile:
     """
 
     def __init__(self, path: Path, writable: bool = False) -> None:
-        header = np.load(path, mmap_mode="r")
+        header = load_array(path, mmap_mode="r")
         self.shape, self.dtype, self._offset = header.shape, header.dtype, header.offset
         self._row_bytes = header[:1].nbytes
         self._file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115
@@ -113,8 +136,8 @@ class CachedItems(Sequence):
         self.folder = Path(folder)
         self._moments = ArrayFile(self.folder / "moments.npy")
         self._edges = ArrayFile(self.folder / "edges.npy")
-        self._contexts = np.load(self.folder / "contexts.npy")
-        self._rows = np.load(self.folder / "rows.npy")
+        self._contexts = load_array(self.folder / "contexts.npy")
+        self._rows = load_array(self.folder / "rows.npy")
 
     def __reduce__(self) -> tuple:
         """Pickles the folder; spawned workers open the files themselves."""

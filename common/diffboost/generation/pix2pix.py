@@ -1,6 +1,5 @@
 """Pix2Pix, the baseline of Table 1: a conditional GAN from edges to images, of MONAI's parts."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,8 +10,10 @@ from monai.networks.nets import UNet
 from monai.networks.utils import normal_init
 from torch import nn
 
+from diffboost.data.documents import read_json
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import read_store
+from diffboost.data.weights import load_weights
 from diffboost.generation.lineage import hash_cases
 
 
@@ -169,12 +170,12 @@ def load_translator(pix2pix_dir: str) -> EdgeTranslator:
                 f"pix2pix_dir: {folder} has no {name}; train_pix2pix.yaml of "
                 "radimagenet_controlnet_pretrain writes both into its output_dir"
             )
-    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "run.json", "pix2pix_dir")
     if "discriminator_channels" not in settings:
         raise ValueError(
             f"pix2pix_dir: {folder} holds a model of another training; "
             "name the output_dir of train_pix2pix.yaml"
         )
     network = EdgeTranslator(settings["channels"])
-    network.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+    load_weights(network, folder / "model.pt", "pix2pix_dir")
     return network.requires_grad_(False).eval()

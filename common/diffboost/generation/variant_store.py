@@ -11,6 +11,7 @@ from ignite.engine import Engine, Events
 
 from diffboost.data.addresses import ProcessBatches
 from diffboost.data.slices import write_image
+from diffboost.data.tables import write_table
 from diffboost.handlers import write_aside
 from diffboost.processes import is_main_process, wait_for_processes
 
@@ -123,5 +124,7 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
             }
         )
     manifest = pd.DataFrame(rows)
-    write_aside(Path(output_dir) / "manifest.parquet", manifest.to_parquet)
+    write_aside(
+        Path(output_dir) / "manifest.parquet", functools.partial(write_table, table=manifest)
+    )
     logger.info("%d variants in %s", len(rows), output_dir)
