@@ -139,7 +139,7 @@ def read_file(path: str | Path, key: str, largest: int = LARGEST_FILE) -> bytes:
     path = os.fspath(path)
     _refuse_link(path, key)
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(handle, "rb", buffering=0) as file:
+    try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode):
             raise ValueError(f"{key}: {path} is no plain file")
@@ -147,7 +147,10 @@ def read_file(path: str | Path, key: str, largest: int = LARGEST_FILE) -> bytes:
             raise ValueError(
                 f"{key}: {path} has {state.st_size} bytes; at most {largest} are allowed"
             )
-        return file.readall()
+        with open(handle, "rb", buffering=0, closefd=False) as file:
+            return file.readall()
+    finally:
+        os.close(handle)
 
 
 def refuse_special(path: str | Path, key: str) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from monai.apps import DecathlonDataset, download_url, extractall
+from monai.apps.utils import HashCheckError
 
-from diffboost.data.containment import ALLOWED, refusal
+from diffboost.data.containment import ALLOWED, refusal, refuse_special
 from diffboost.knobs import nearest
 
 
@@ -64,8 +65,15 @@ def decathlon_folder(dataset_dir: str | Path, task: Mapping, download: bool = Fa
             f"{looked}; set download to True, or unpack {url} (MD5 {DecathlonDataset.md5[name]})"
         )
     archive = parent / f"{name}.tar"
+    if archive.exists():
+        refuse_special(archive, "dataset_dir")
     try:
         download_url(url, archive, DecathlonDataset.md5[name], "md5", progress=False)
+    except HashCheckError as error:
+        raise ValueError(
+            f"dataset_dir: {archive} is damaged or another file than {url} was: its MD5 (md5) is "
+            f"not {DecathlonDataset.md5[name]}; remove it"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
             f"{looked}, and {url} could not be downloaded ({error}); get that file on a machine "

@@ -40,7 +40,9 @@ def read_image(path: str | Path, key: str) -> Image.Image:
     try:
         return decode(content)
     except ValueError as error:
-        raise ValueError(f"{key}: {path} cannot be read: {error}") from error
+        raise ValueError(
+            f"{key}: {path} cannot be read, truncated or of another format: {error}"
+        ) from error
 
 
 def picture_size(path: str | Path, key: str) -> tuple[int, int]:

@@ -171,7 +171,7 @@ def _check_files(case: Case) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause of an error, on one line."""
-    while error.__cause__ is not None:
+    """What our own error says, else the innermost cause, on one line."""
+    while error.__cause__ is not None and type(error) is not ValueError:
         error = error.__cause__
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

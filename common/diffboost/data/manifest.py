@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from diffboost.data.containment import check_folder, refuse_names
-from diffboost.data.tables import read_table
+from diffboost.data.tables import read_table, to_frame
 
 KINDS = {
     **dict.fromkeys(("image", "case", "source_image", "edge", "label", "lineage_sha256"), "text"),
@@ -46,4 +46,4 @@ def read_manifest(synthetic_dir: str | Path, columns: Sequence[str]) -> pd.DataF
         refuse_names(table["image"], f"{path}: image")
         for folder in {name.rpartition("/")[0] for name in table["image"].to_pylist()}:
             check_folder(str(root), folder, f"{path}: image")
-    return table.to_pandas(ignore_metadata=True)
+    return to_frame(table)

@@ -15,7 +15,7 @@ from diffboost.data.documents import read_json
 from diffboost.data.hashes import check_header, check_source
 from diffboost.data.items import FILE_COLUMNS, INDEX_KINDS, SliceItems
 from diffboost.data.splits import needs_names, select
-from diffboost.data.tables import open_table, read_table, refuse_empty_cells
+from diffboost.data.tables import open_table, read_table, refuse_empty_cells, to_frame
 from diffboost.files import sha256_of_files  # noqa: F401
 
 STORE_VERSION = 3
@@ -41,13 +41,13 @@ class SliceStore:
             refuse_empty_cells(table.select(INDEX_KINDS), self.index_path, "store_dir")
         for name in FILE_COLUMNS:
             refuse_names(table[name], f"{self.index_path}: {name}")
-        return table.to_pandas(ignore_metadata=True)
+        return to_frame(table)
 
     def columns(self, names: Sequence[str]) -> pd.DataFrame:
         """Some columns of the index, backed by Arrow: a hundred bytes a row, not a thousand."""
         kinds = {name: INDEX_KINDS[name] for name in names}
         table = read_table(self.index_path, "store_dir", kinds)
-        return table.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
+        return to_frame(table, types_mapper=pd.ArrowDtype)
 
     def source_sha256(self) -> dict[str, str]:
         """The hash of every case's source files (image and labels)."""

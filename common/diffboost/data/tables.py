@@ -135,6 +135,18 @@ def read_table(
     return table
 
 
+def to_frame(table: pa.Table, **options) -> pd.DataFrame:
+    """A table as data frame; what pandas once wrote beside the columns is not looked at.
+
+    Args:
+        table: any.
+        **options: of ``pyarrow.Table.to_pandas``.
+
+    Source: engineering choice (pandas' metadata could rename columns, and have no checksum).
+    """
+    return table.replace_schema_metadata().to_pandas(ignore_metadata=True, **options)
+
+
 def refuse_empty_cells(table: pa.Table | pa.RecordBatch, path: str | Path, key: str) -> None:
     """Raises ValueError for a column with a cell that holds nothing.
 

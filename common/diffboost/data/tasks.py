@@ -1,6 +1,7 @@
 """Task files: what a data set is (modality, organ, channel, label map, intensity, slices)."""
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -159,6 +160,9 @@ def _check_values(task: dict, origin: str) -> None:
             f"{', '.join(INTENSITY_KEYS[policy])}, got {', '.join(sorted(set(intensity)))}"
         )
     low, high = (intensity[key] for key in INTENSITY_KEYS[policy])
+    for limit in (low, high):
+        if type(limit) not in (int, float) or not math.isfinite(limit):
+            raise ValueError(f"{origin}: intensity: {limit!r:.80}; a number is needed")
     if not low < high:
         raise ValueError(f"{origin}: intensity: {low} must be below {high}")
     if task["layout"] != "radimagenet" and not task["labels"]:

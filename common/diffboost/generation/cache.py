@@ -17,6 +17,7 @@ from monai.transforms import Affine, Compose, RandomizableTransform
 from tqdm import tqdm
 
 from diffboost.data.addresses import address_seed
+from diffboost.data.containment import refuse_special
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import sha256_of_files
 from diffboost.data.transforms import LoadSliced
@@ -73,14 +74,13 @@ def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
 
     Source: engineering choice (issue 5, "Hostile input").
     """
+    refuse_special(path, "cache_dir")
     try:
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except FileNotFoundError:
-        raise
     except (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError) as error:
         raise ValueError(f"cache_dir: {path} is damaged: {error}; remove its folder") from error
-    if array.dtype.kind not in "fiu" or not array.ndim:
-        raise ValueError(f"cache_dir: {path} holds {array.dtype}, no numbers; remove its folder")
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.ndim:
+        raise ValueError(f"cache_dir: {path} holds no array of numbers; remove its folder")
     return array
 
 
