@@ -26,11 +26,16 @@ Change = Callable[[Path, np.random.RandomState, Path], None]
 
 @dataclass(frozen=True)
 class Damage:
-    """A way to change a file; ``hostile`` ones must never be accepted with another meaning."""
+    """A way to change a file.
+
+    ``hostile`` ones must never be accepted with another meaning. ``rewritten`` ones give a whole
+    file with right checksums that says something else, as its owner could write it.
+    """
 
     name: str
     change: Change
     hostile: bool = False
+    rewritten: bool = False
 
 
 def _bytes_damage(change: Callable[[bytearray, np.random.RandomState], bytes]) -> Change:
@@ -273,9 +278,9 @@ def _no_column(table: pd.DataFrame, rng) -> pd.DataFrame:
 TABLE_DAMAGES = [
     Damage("a name that leads out", _column(_name_out), hostile=True),
     Damage("an empty cell", _column(_null), hostile=True),
-    Damage("another type", _column(_other_type)),
+    Damage("another type", _column(_other_type), rewritten=True),
     Damage("a column less", _column(_no_column)),
-    Damage("no rows", _column(lambda table, rng: table.iloc[:0])),
+    Damage("no rows", _column(lambda table, rng: table.iloc[:0]), rewritten=True),
 ]
 
 

@@ -242,7 +242,7 @@ def _make_synthetic(folder: Path) -> None:
             write_image(synthetic / name, pixels, {"diffboost:case": item["case"]})
             rows.append({
                 "image": name, "case": item["case"], "slice": item["slice"], "variant": variant,
-                "source_image": f"{item['case']}_{item['slice']:04d}.png", "kept": True, "reason": "",
+                "source_image": Path(item["image"]).name, "kept": True, "reason": "",
                 "lineage_sha256": sha256_of_files([synthetic / "lineage.json"]),
             })  # fmt: skip
     write_table(synthetic / "manifest.parquet", pd.DataFrame(rows))
@@ -331,10 +331,12 @@ def _read_backbone(folder: Path, output: Path) -> tuple[dict, list]:
     good = {}
     for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
         loaded = load_part(str(folder / "backbone"), part)
-        good[part] = (
-            loaded.state_dict() if isinstance(loaded, nn.Module)
-            else dict(loaded.config) if part == "scheduler" else loaded("MR, head, lesion").input_ids
-        )  # fmt: skip
+        if isinstance(loaded, nn.Module):
+            good[part] = loaded.state_dict()
+        elif part == "scheduler":
+            good[part] = dict(loaded.config)
+        else:
+            good[part] = loaded("MR, head, lesion").input_ids
     return good, []
 
 

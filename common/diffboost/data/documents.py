@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def check_digest(
         )
 
 
+def _refuse_nesting(text: str) -> None:
+    """Raises ValueError for more open brackets than ``DEEPEST``, on which PyYAML takes minutes."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth = max(0, depth + (1 if bracket in "[{" else -1))
+        if depth > DEEPEST:
+            raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
 class _PlainLoader(yaml.SafeLoader):
     """YAML without aliases, which can grow without end, and without a key twice."""
 
@@ -148,7 +158,9 @@ def read_yaml(path: str | Path, key: str) -> object:
     """
     content = read_file(path, key, LARGEST_YAML)
     try:
-        value = yaml.load(content.decode("utf-8"), _PlainLoader)  # noqa: S506 (a SafeLoader)
+        text = content.decode("utf-8")
+        _refuse_nesting(text)
+        value = yaml.load(text, _PlainLoader)  # noqa: S506 (a SafeLoader)
         _refuse_deep(value)
     except _YAML_ERRORS as error:
         raise ValueError(f"{key} {path} is not YAML: {one_line(error)}") from error

@@ -44,12 +44,12 @@ def check_volume(path: str | Path, key: str) -> None:
     """
     path = Path(path)
     with _named(path, key):
-        header = _open(path).header
-        needed, size = _bytes_claimed(header), path.stat().st_size
+        volume = _open(path)
+        needed, size = _bytes_claimed(volume), path.stat().st_size
         there = size if path.suffix.lower() == ".nii" else _unpacked_size(path, size, needed)
         if there < needed:
             raise ValueError(f"it is cut off: {there} bytes of the {needed} that it claims")
-        _check_geometry(header)
+        _check_geometry(volume.header)
 
 
 def open_volume(path: str | Path, key: str) -> nib.spatialimages.SpatialImage:
@@ -67,7 +67,7 @@ def open_volume(path: str | Path, key: str) -> nib.spatialimages.SpatialImage:
     """
     with _named(path, key):
         volume = _open(Path(path))
-        _bytes_claimed(volume.header)
+        _bytes_claimed(volume)
         _check_geometry(volume.header)
     return volume
 
@@ -93,8 +93,9 @@ def _named(path: str | Path, key: str) -> Iterator[None]:
         ) from error
 
 
-def _bytes_claimed(header: nib.nifti1.Nifti1Header) -> int:
+def _bytes_claimed(volume: nib.spatialimages.SpatialImage) -> int:
     """Bytes of a volume, header and all."""
+    header, start = volume.header, volume.dataobj.offset
     shape = tuple(int(side) for side in header.get_data_shape())
     voxels = 1
     for side in shape:
@@ -102,12 +103,11 @@ def _bytes_claimed(header: nib.nifti1.Nifti1Header) -> int:
     if not shape or min(shape) < 1 or voxels > LARGEST_VOXELS:
         sides = " x ".join(str(side) for side in shape) or "no"
         raise ValueError(f"it claims {sides} voxels; 1 to {LARGEST_VOXELS} in all are allowed")
-    start = float(header["vox_offset"])
     if not 0 <= start <= _SLACK:
-        raise ValueError(f"it claims that voxels begin at byte {start:g}")
+        raise ValueError(f"it claims that voxels begin at byte {start}")
     if header.get_data_dtype().kind not in "biuf":
         raise ValueError(f"its voxels are of type {header.get_data_dtype()}, which are no numbers")
-    return int(start) + voxels * header.get_data_dtype().itemsize
+    return start + voxels * header.get_data_dtype().itemsize
 
 
 def _unpacked_size(path: Path, size: int, needed: int) -> int:

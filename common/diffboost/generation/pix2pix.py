@@ -16,6 +16,8 @@ from diffboost.data.slices import read_store
 from diffboost.data.weights import load_weights
 from diffboost.generation.lineage import hash_cases
 
+LARGEST_WIDTH = 1 << 12
+
 
 class EdgeTranslator(nn.Sequential):
     """Pix2Pix's generator: MONAI's UNet and a hyperbolic tangent; edges in, gray images out.
@@ -176,6 +178,13 @@ def load_translator(pix2pix_dir: str) -> EdgeTranslator:
             f"pix2pix_dir: {folder} holds a model of another training; "
             "name the output_dir of train_pix2pix.yaml"
         )
-    network = EdgeTranslator(settings["channels"])
+    channels = settings.get("channels")
+    widths = channels if isinstance(channels, list) else []
+    if not all(type(width) is int and 0 < width <= LARGEST_WIDTH for width in widths or [0]):
+        raise ValueError(
+            f"pix2pix_dir: {folder / 'run.json'}: channels: {channels!r:.80}; a list of widths "
+            f"from 1 to {LARGEST_WIDTH} is needed"
+        )
+    network = EdgeTranslator(channels)
     load_weights(network, folder / "model.pt", "pix2pix_dir")
     return network.requires_grad_(False).eval()
