@@ -463,6 +463,24 @@ def test_a_changed_lineage_is_found(tmp_path):
         read_generator(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dataset_dir": "$__import__('os').system('touch executed')"},
+        {"segmentation": {"alpha": ["$1 / 2", 0.5]}},
+        {"segmentation": {"merge": "@seed"}},
+        {"synthesis": {"prompt_weights": {"_target_": "os.system"}}},
+        {"task": "%task.yaml"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_experiment_files_hold_no_code(tmp_path, change):
+    good = {"name": "x", "task": "phantom_organ", "dataset_dir": "phantoms", "arms": ["baseline"]}
+    (tmp_path / "experiment.yaml").write_text(json.dumps(good | change))
+    with pytest.raises(ValueError, match="experiment.yaml: .* would be evaluated as code"):
+        read_experiment(tmp_path / "experiment.yaml")
+
+
 # Archives
 
 

@@ -23,6 +23,7 @@ from diffboost.stages import WORKFLOW, stage_configs
 SECTIONS = ("prepare", "finetune", "synthesis", "segmentation", "evaluate")
 PRETRAIN_SECTIONS = ("prepare", "train", "pix2pix", "evaluate")
 ABLATED = ("synthesis", "segmentation")
+EVALUATED = ("$", "@", "%", "_target_")  # by MONAI's ConfigParser
 SCALES = ("tiny", "sd15")
 
 
@@ -82,7 +83,22 @@ def _read_keys(path: Path) -> dict:
         if key not in written:
             raise ValueError(f"{path}: `{key}` is missing")
     _check_mappings(written, path)
+    _refuse_code(written, path)
     return written
+
+
+def _refuse_code(value: object, path: Path) -> None:
+    """Raises ValueError for text that a stage's config would evaluate: a document is no code."""
+    if isinstance(value, Mapping):
+        _refuse_code([*value, *value.values()], path)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_code(inner, path)
+    elif isinstance(value, str) and value.startswith(EVALUATED):
+        raise ValueError(
+            f"{path}: {value!r:.80} would be evaluated as code; allowed are values that begin with "
+            "none of $, @, %, _target_; give such a knob on the command line of the stage"
+        )
 
 
 def _check_mappings(written: Mapping, path: Path) -> None:

@@ -21,7 +21,7 @@ from diffboost.audit.checks import (
     variant_leaks,
 )
 from diffboost.data.comparison import NEAR_DUPLICATE
-from diffboost.data.containment import inside
+from diffboost.data.containment import inside, refuse_special
 from diffboost.data.duplicates import PAIR_COLUMNS, find_duplicates, is_too_large
 from diffboost.data.images import read_image
 from diffboost.data.manifest import read_manifest
@@ -104,6 +104,8 @@ def _hash_again(store: SliceStore) -> pd.DataFrame:
     """The index, with the hashes that its image files have now."""
     index = store.index.copy()
     files = [store.image_path(row) for _, row in index[["image", "image_root"]].iterrows()]
+    for path in files:
+        refuse_special(path, "store_dir")
     index["sha256"] = [sha256_of_files([path]) for path in tqdm(files, "hashes", unit="slice")]
     return index
 

@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffboost.data.containment import refuse_special
 from diffboost.data.documents import one_line
 
 LARGEST_TABLE = 1 << 28  # rows; RadImageNet has 1.35 million
@@ -36,6 +37,7 @@ def read_csv(path: str | Path, key: str, columns: Iterable[str] = (), **options)
 
     Source: engineering choice (issue 5, "Hostile input").
     """
+    refuse_special(path, key)
     try:
         table = pd.read_csv(path, **options)
     except (ValueError, OverflowError) as error:
@@ -68,6 +70,7 @@ def open_table(
 
     Source: engineering choice (issue 5, "Hostile input").
     """
+    refuse_special(path, key)
     try:
         with pq.ParquetFile(
             path, read_dictionary=list(dictionaries), page_checksum_verification=True
