@@ -99,6 +99,10 @@ def test_sources_of_an_index_stay_in_the_source_folder(tmp_path):
         changed.to_parquet(store_dir / "index.parquet")
         with pytest.raises(ValueError, match=f"{column}: .*leads out of the folder"):
             case_items(store_dir, 0, "test")
+        later = index.assign(**{column: [*index[column][:-1], name]})  # not the case's first slice
+        later.to_parquet(store_dir / "index.parquet")
+        with pytest.raises(ValueError, match=f"{column}: .*leads out of the folder"):
+            read_store(store_dir).index  # noqa: B018
 
 
 def test_a_store_whose_folder_or_file_is_a_link_out_is_refused(tmp_path):

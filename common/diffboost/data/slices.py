@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -39,8 +40,11 @@ class SliceStore:
         with open_table(self.index_path, "store_dir", INDEX_KINDS) as file:
             table = file.read(use_threads=False)
             refuse_empty_cells(table.select(INDEX_KINDS), self.index_path, "store_dir")
-        for name in FILE_COLUMNS:
-            refuse_names(table[name], f"{self.index_path}: {name}")
+        for name in (*FILE_COLUMNS, "source_image", "source_label"):
+            names = table[name]
+            if name == "source_label":  # several masks are joined
+                names = pc.list_flatten(pc.split_pattern(names, "|"))
+            refuse_names(names, f"{self.index_path}: {name}")
         return to_frame(table)
 
     def columns(self, names: Sequence[str]) -> pd.DataFrame:
