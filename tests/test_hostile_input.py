@@ -185,6 +185,9 @@ def test_cached_arrays_hold_numbers_only(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([Payload(tmp_path / "executed")], dtype=object))
     with pytest.raises(ValueError, match="cache_dir: .*objects.npy is damaged"):
         load_array(tmp_path / "objects.npy")
+    (tmp_path / "head.npy").write_bytes(b"\x93NUMPY\x01\x00\x08\x00{'a': (\n")
+    with pytest.raises(ValueError, match="cache_dir: .*head.npy is damaged"):
+        load_array(tmp_path / "head.npy")
     np.savez(tmp_path / "several.npz", a=np.ones(1))
     with pytest.raises(ValueError, match="holds no array of numbers"):
         load_array(tmp_path / "several.npz")

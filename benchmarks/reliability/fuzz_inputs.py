@@ -33,7 +33,7 @@ from fuzz_kinds import KINDS, Kind, told
 
 from diffboost.data.addresses import address_seed
 
-CASE_SECONDS = 20
+CASE_SECONDS = 60  # on a busy machine a whole prepare has taken 20
 CASE_MEMORY = 3 << 30  # bytes above what the program takes before
 BATCH = 100  # cases of a worker process, so that a crash is noticed
 CLEAR_ERRORS = (

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +63,10 @@ class Jitterd(RandomizableTransform):
         return out
 
 
+# What numpy raises on a damaged head, which it reads as Python's own text.
+_NPY_ERRORS = (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError, LookupError)
+
+
 def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
     """A .npy file of numbers; Python objects, which could run code, are not loaded.
 
@@ -77,7 +82,7 @@ def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
     refuse_special(path, "cache_dir")
     try:
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError) as error:
+    except (*_NPY_ERRORS, tokenize.TokenError) as error:
         raise ValueError(f"cache_dir: {path} is damaged: {error}; remove its folder") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.ndim:
         raise ValueError(f"cache_dir: {path} holds no array of numbers; remove its folder")
@@ -138,6 +143,11 @@ class CachedItems(Sequence):
         self._edges = ArrayFile(self.folder / "edges.npy")
         self._contexts = load_array(self.folder / "contexts.npy")
         self._rows = load_array(self.folder / "rows.npy")
+        fits = self._rows.ndim == 1 and len(self._rows) == len(self._moments) == len(self._edges)
+        if not fits or not (0 <= self._rows).all() or not (self._rows < len(self._contexts)).all():
+            raise ValueError(
+                f"cache_dir: {self.folder}: rows.npy does not fit the others; remove the folder"
+            )
 
     def __reduce__(self) -> tuple:
         """Pickles the folder; spawned workers open the files themselves."""
