@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DCondi
 from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
 from transformers import CLIPTextModel
 
-from diffboost.generation.backbones import load_config, write_backbone
-from diffboost.generation.creation import train_tokenizer
+from diffboost.generation.backbones import load_config
+from diffboost.generation.creation import train_tokenizer, write_backbone
 from diffboost.generation.single_file import PREFIXES
 
 WIDTHS = [32, 64, 128, 128]

@@ -1,6 +1,8 @@
 """A slice store of a few seconds for tests: balls with two classes, and variants of its slices."""
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import nibabel as nib
@@ -45,6 +47,14 @@ def write_case(source: Path, layout: str, case: str, seed: int) -> tuple[str, st
     return names
 
 
+@functools.cache
+def source_sha256(number: int, layout: str = "decathlon") -> str:
+    """The hash of the source files of a case of `write_store`."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = write_case(Path(folder), layout, f"case_{number}", seed=number)
+        return sha256_of_files([Path(folder) / name for name in names])
+
+
 def write_store(
     store_dir: Path, num_cases: int = 6, layout: str = "decathlon", image_size: int = 32
 ) -> Path:
@@ -71,7 +81,7 @@ def write_store(
             row |= {"group": case, "affine": AFFINE.ravel().tolist()}
             row |= {"original_shape": [40, 52, 1] if layout == "pairs" else [5, 40, 36]}
             row |= {"source_image": names[0], "source_label": names[1]}
-            row |= {"sha256": "", "source_sha256": f"{number:064x}"}
+            row |= {"sha256": "", "source_sha256": source_sha256(number, layout)}
             rows.append(
                 row | {"spacing_mm": [0.8, 0.9, 3.0] if layout == "decathlon" else [1.0] * 3}
             )

@@ -14,8 +14,9 @@ from PIL import Image
 from diffboost.data.addresses import AddressedDataset
 from diffboost.data.slices import slice_items
 from diffboost.generation import cache
-from diffboost.generation.backbones import load_part, resolve_backbone, write_backbone
+from diffboost.generation.backbones import load_part, resolve_backbone
 from diffboost.generation.cache import Jitterd, build_cache
+from diffboost.generation.creation import write_backbone
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.generation.objective import (
     AutoencoderLoss,

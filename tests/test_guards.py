@@ -7,7 +7,7 @@ import monai
 import pandas as pd
 import pytest
 import yaml
-from small_store import write_store, write_variants
+from small_store import source_sha256, write_store, write_variants
 
 from diffboost.audit.checks import Leak
 from diffboost.audit.guards import guard_evaluation, guard_generator, guard_training, refuse_leaks
@@ -55,7 +55,7 @@ def test_copies_under_another_name_are_refused(store_dir, column, words):
 
 def test_variants_under_another_lineage_than_their_manifest_names_are_refused(store_dir, tmp_path):
     synthetic_dir = write_variants(tmp_path / "store", tmp_path / "synthetic")
-    seen = {"cases": {"elsewhere": f"{0:064x}"}, "ancestors": []}  # the hash of case_0
+    seen = {"cases": {"elsewhere": source_sha256(0)}, "ancestors": []}  # the hash of case_0
     lineage = synthetic_dir / "lineage.json"
     lineage.write_text(json.dumps(seen))
     with pytest.raises(ValueError, match="is not the lineage that the manifest names"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
-from small_store import write_store, write_variants
+from small_store import source_sha256, write_store, write_variants
 
 from diffboost.audit import commands
 from diffboost.audit.leaks import audit_leaks, write_leaks
@@ -73,7 +74,7 @@ def copies(tmp_path_factory):
 def rewrite(store, folder, change):
     """A store with another index; its images are those of `store`."""
     folder.mkdir()
-    (folder / "images").symlink_to(store / "images")
+    shutil.copytree(store / "images", folder / "images")
     (folder / "dataset.json").write_bytes((store / "dataset.json").read_bytes())
     index = change(pd.read_parquet(store / "index.parquet"))
     index.to_parquet(folder / "index.parquet")
@@ -245,7 +246,7 @@ def small(tmp_path):
     manifest = pd.read_parquet(synthetic / "manifest.parquet")
     manifest = manifest[~manifest.case.isin(["case_0", "case_3"])]
     write_lineage(
-        synthetic, {"cases": {"case_1": f"{1:064x}"}, "ancestors": [], "fold": 0}, manifest
+        synthetic, {"cases": {"case_1": source_sha256(1)}, "ancestors": [], "fold": 0}, manifest
     )
     return store, synthetic, manifest
 
@@ -268,8 +269,8 @@ def audit(store, **places):
 def test_generators_that_saw_held_out_cases_are_named(small):
     store, synthetic, manifest = small
     assert audit(store, synthetic_dir=synthetic) == set()
-    ancestor = {"cases": {"renamed": f"{3:064x}"}, "ancestors": []}
-    lineage = {"cases": {"case_0": f"{0:064x}"}, "ancestors": [ancestor], "fold": 0}
+    ancestor = {"cases": {"renamed": source_sha256(3)}, "ancestors": []}
+    lineage = {"cases": {"case_0": source_sha256(0)}, "ancestors": [ancestor], "fold": 0}
     write_lineage(synthetic, lineage, manifest)
     named = {("generator", "case_0", "case_0"), ("generator", "renamed", "case_3")}
     assert audit(store, synthetic_dir=synthetic) == named
@@ -299,12 +300,12 @@ def test_variants_of_held_out_cases_are_named(small):
 def test_segmenters_that_met_test_cases_are_named(small, tmp_path):
     store, *_ = small
     model = tmp_path / "model"
-    lineage = {"cases": {"case_1": f"{1:064x}"}, "ancestors": [], "fold": 0}
-    lineage["selection"] = {"case_2": f"{2:064x}"}
+    lineage = {"cases": {"case_1": source_sha256(1)}, "ancestors": [], "fold": 0}
+    lineage["selection"] = {"case_2": source_sha256(2)}
     write_lineage(model, lineage)
     assert audit(store, model_dir=model) == set()
-    lineage["cases"]["case_0"], lineage["selection"]["case_3"] = f"{0:064x}", f"{3:064x}"
-    lineage["ancestors"] = [{"cases": {"case_0": f"{0:064x}"}, "ancestors": []}]
+    lineage["cases"]["case_0"], lineage["selection"]["case_3"] = source_sha256(0), source_sha256(3)
+    lineage["ancestors"] = [{"cases": {"case_0": source_sha256(0)}, "ancestors": []}]
     write_lineage(model, lineage)
     assert audit(store, model_dir=model) == {
         ("case", "case_0", "case_0"), ("selection", "case_3", "case_3"),

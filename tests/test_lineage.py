@@ -9,7 +9,8 @@ import small_store
 
 from diffboost.data.slices import read_store, sha256_of_files, slice_items
 from diffboost.generation import lineage
-from diffboost.generation.backbones import load_part, write_backbone
+from diffboost.generation.backbones import load_part
+from diffboost.generation.creation import write_backbone
 from diffboost.generation.lineage import read_lineage, write_lineage
 from diffboost.generation.saving import trace_lineage
 

@@ -294,7 +294,7 @@ def test_bad_input_is_named(folder, tmp_path):
 
 
 def test_generator_of_another_backbone_is_refused(folder, tmp_path):
-    lineage = {"backbone": "sd15", "backbone_sha256": "0" * 64, "train_base": False}
+    lineage = {"backbone": "sd15", "backbone_sha256": "0" * 64, "train_base": False, "cases": {}}
     (tmp_path / "lineage.json").write_text(json.dumps(lineage))
     torch.save({}, tmp_path / "model.pt")
     with refused("generator_dir: .*was trained on backbone 'sd15' .*not on backbone: .*backbone'"):

@@ -16,7 +16,8 @@ from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 from safetensors.torch import save_file
 from small_store import write_store
 
-from diffboost.generation.backbones import backbone_sha256, load_config, load_part, write_backbone
+from diffboost.generation.backbones import backbone_sha256, load_config, load_part
+from diffboost.generation.creation import write_backbone
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.text import embed_prompts
 

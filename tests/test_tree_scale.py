@@ -117,7 +117,7 @@ def test_broken_files_are_listed_with_their_reasons(tmp_path):
     contents = {
         "empty.png": (b"", "the file is empty"),
         "jpeg.png": (b"\xff\xd8\xff\xe0", "not a PNG file"),
-        "head.png": (good[:20], "broken PNG: Truncated File Read"),
+        "head.png": (good[:20], "broken PNG: it is cut off"),
         "cut.png": (good[:-30], "broken PNG: "),
         "flipped.png": (good[:90] + bytes([good[90] ^ 1]) + good[91:], "broken PNG: .*checksum"),
         "huge.png": (png(b"", (40000, 40000)), "broken PNG: .*(pixels|bomb)"),
@@ -135,7 +135,7 @@ def test_broken_files_are_listed_with_their_reasons(tmp_path):
     rejected = pd.read_csv(store.store_dir / "rejected.csv").set_index("file").reason
     for name, (_, reason) in contents.items():
         assert re.search(reason, rejected[f"US/gb/normal/{name}"]), name
-    assert "No such file" in rejected["US/gb/normal/gone.png"]
+    assert "a link that leads out of its folder" in rejected["US/gb/normal/gone.png"]
     assert rejected["US/early.png"] == "images lie at modality/organ/finding/name.png"
     assert len(rejected) == 9 and len(store.index) == 8
 

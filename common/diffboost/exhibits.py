@@ -192,7 +192,9 @@ def merge_figure(run_dir: Path) -> Figure:
     own = ConfigParser.load_config_file(stage_configs()["segmentation"])["patch_size"]
     patch_size = experiment.segmentation.get("patch_size", own)
     folder = plans.synthetic_dir(plans.BASE, experiment.folds[0])
-    return merge_picture(run_dir / folder, FIGURE_4_ALPHAS, patch_size)
+    return merge_picture(
+        run_dir / folder, read_store(run_dir / "store"), FIGURE_4_ALPHAS, patch_size
+    )
 
 
 def in_order(values: list[str]) -> list[str]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
 from monai.bundle import ConfigParser
 
+from diffboost.data.documents import read_yaml
 from diffboost.knobs import nearest, refuse_unknown
 from diffboost.plans import (
     DEFAULT_NETWORK,
@@ -23,6 +23,7 @@ from diffboost.stages import WORKFLOW, stage_configs
 SECTIONS = ("prepare", "finetune", "synthesis", "segmentation", "evaluate")
 PRETRAIN_SECTIONS = ("prepare", "train", "pix2pix", "evaluate")
 ABLATED = ("synthesis", "segmentation")
+EVALUATED = ("$", "@", "%", "_target_")  # by MONAI's ConfigParser
 SCALES = ("tiny", "sd15")
 
 
@@ -73,7 +74,7 @@ def _read_keys(path: Path) -> dict:
     """The keys of an experiment file, all of them known and the needed ones there."""
     if not path.is_file():
         raise FileNotFoundError(f"experiment: there is no file {path.absolute()}")
-    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written = read_yaml(path, "experiment")
     if not isinstance(written, dict):
         raise ValueError(
             f"{path}: an experiment file holds `key: value` lines, name and task first"
@@ -83,7 +84,22 @@ def _read_keys(path: Path) -> dict:
         if key not in written:
             raise ValueError(f"{path}: `{key}` is missing")
     _check_mappings(written, path)
+    _refuse_code(written, path)
     return written
+
+
+def _refuse_code(value: object, path: Path) -> None:
+    """Raises ValueError for text that a stage's config would evaluate: a document is no code."""
+    if isinstance(value, Mapping):
+        _refuse_code([*value, *value.values()], path)
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_code(inner, path)
+    elif isinstance(value, str) and value.startswith(EVALUATED):
+        raise ValueError(
+            f"{path}: {value!r:.80} would be evaluated as code; allowed are values that begin with "
+            "none of $, @, %, _target_; give such a knob on the command line of the stage"
+        )
 
 
 def _check_mappings(written: Mapping, path: Path) -> None:
@@ -109,7 +125,7 @@ def _with_protocol(written: Mapping, protocols_dir: Path, path: Path) -> dict[st
     if protocol not in known:
         raise ValueError(f"{path}: protocol: {protocol!r} is unknown; {nearest(protocol, known)}")
     file = protocols_dir / f"{protocol}.yaml"
-    stated = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    stated = read_yaml(file, "protocol") or {}
     refuse_unknown(stated, SECTIONS, str(file))
     return {name: (stated.get(name) or {}) | written.get(name, {}) for name in SECTIONS}
 

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from monai.data import PILReader
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation
 
-from diffboost.data.slices import SliceStore, case_items
+from diffboost.data.manifest import read_manifest
+from diffboost.data.slices import SliceStore, case_items, slice_items
 from diffboost.data.tasks import AXCODES
 from diffboost.data.transforms import (
     AXIS_LABELS,
@@ -22,21 +23,25 @@ from diffboost.figures import embed
 from diffboost.results import result_dirs
 from diffboost.segmentation.merging import RandMergeMaskd
 
+MANIFEST_COLUMNS = ["image", "case", "slice", "variant", "kept"]
 TRUTH_COLOR = "#FFD23F"
 PREDICTION_COLOR = "#00D1FF"
 
 
-def variants_picture(synthetic_dir: Path, num_slices: int = 4, num_variants: int = 5) -> str:
+def variants_picture(
+    synthetic_dir: Path, store: SliceStore, num_slices: int = 4, num_variants: int = 5
+) -> str:
     """Rows of real slice, its edge, its label's outline and some variants, as a data URI.
 
     Args:
         synthetic_dir: a synthetic store.
+        store: the slice store that it was made from, which shows the sources.
         num_slices: rows, spread over the cases, each the slice with the largest label of its case.
         num_variants: variants a row, at most.
 
     Source: engineering choice
     """
-    manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
+    manifest, sources = read_manifest(synthetic_dir, MANIFEST_COLUMNS), _sources(store)
     manifest = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
     num_variants = min(num_variants, int(manifest.groupby(["case", "slice"]).size().max()))
     load = LoadSliced(["image", "edge", "label"])
@@ -44,7 +49,7 @@ def variants_picture(synthetic_dir: Path, num_slices: int = 4, num_variants: int
     cases = manifest["case"].unique()
     for case in cases[np.linspace(0, len(cases) - 1, min(num_slices, len(cases))).astype(int)]:
         slices = [group for _, group in manifest[manifest["case"] == case].groupby("slice")]
-        loaded = [load(_source(group.iloc[0])) for group in slices]
+        loaded = [load(_source(sources, group.iloc[0])) for group in slices]
         largest = int(np.argmax([int((item["label"] > 0).sum()) for item in loaded]))
         paths = slices[largest]["image"].head(num_variants)
         variants = [load_image(synthetic_dir / path) for path in paths]
@@ -67,23 +72,27 @@ def variants_picture(synthetic_dir: Path, num_slices: int = 4, num_variants: int
     return embed(figure, "png")
 
 
-def merge_picture(synthetic_dir: Path, alphas: Sequence[float], patch_size: int) -> Figure:
+def merge_picture(
+    synthetic_dir: Path, store: SliceStore, alphas: Sequence[float], patch_size: int
+) -> Figure:
     """Merge masks and merged images at different alpha, on one slice and its first variant.
 
     Args:
         synthetic_dir: a synthetic store; its slice with the largest label is shown.
+        store: the slice store that it was made from, which shows the source.
         alphas: chances that a patch is real; the same draws are compared with each, so that masks
             grow with alpha.
         patch_size: side of a patch in pixels.
 
     Source: paper Figure 4
     """
-    manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
+    manifest, sources = read_manifest(synthetic_dir, MANIFEST_COLUMNS), _sources(store)
     first = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
     first = first.drop_duplicates(["case", "slice"])
     load = LoadSliced(["image", "edge", "label"])
-    largest = max((row for _, row in first.iterrows()), key=lambda row: _area(row["label"]))
-    item = load(_source(largest))
+    rows = (row for _, row in first.iterrows())
+    largest = max(rows, key=lambda row: _area(_source(sources, row)["label"]))
+    item = load(_source(sources, largest))
     real, variant = item["image"][0], load_image(synthetic_dir / largest["image"])
     figure = Figure(figsize=(1.35 * (1 + len(alphas)), 3.1))
     grid = figure.subplots(2, 1 + len(alphas), squeeze=False)
@@ -173,9 +182,20 @@ def _area(path: str) -> int:
     return int((LoadSliced("label")({"label": path})["label"] > 0).sum())
 
 
-def _source(row: pd.Series) -> dict[str, str]:
-    """Paths of a variant's source slice; its edge lies beside its label in the store."""
-    return {"image": row["source_image"], "edge": row["edge"], "label": row["label"]}
+def _sources(store: SliceStore) -> dict[tuple[str, int], dict[str, str]]:
+    """The slices of a store by case and number: a manifest's own paths are not opened."""
+    items = slice_items(store.store_dir, 0, "all")
+    return {(item["case"], item["slice"]): item for item in items}
+
+
+def _source(sources: Mapping, row: pd.Series) -> dict[str, str]:
+    """Paths of a variant's source slice."""
+    place = (row["case"], int(row["slice"]))
+    if place not in sources:
+        raise ValueError(
+            f"synthetic_dir: a variant of {place}, which the slice store does not have"
+        )
+    return {key: sources[place][key] for key in ("image", "edge", "label")}
 
 
 def _load_prediction(path: Path, task: Mapping) -> torch.Tensor:

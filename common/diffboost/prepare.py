@@ -1,6 +1,5 @@
 """prepare: raw images in, slice store out (images, labels, edges, folds, index, contact sheet)."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ import torch
 
 from diffboost.conditions.edges import EdgeDetector, detection_size, load_edge_detector
 from diffboost.data.addresses import address_seed
+from diffboost.data.documents import read_json
 from diffboost.data.downloads import decathlon_folder, decathlon_places
 from diffboost.data.phantoms import write_decathlon_task, write_radimagenet_tree
 from diffboost.data.pseudonyms import hide_names, home_of, pseudonym, read_key
@@ -168,7 +168,7 @@ def _find_source(dataset_dir: str | Path, task: Mapping, store_dir: Path, downlo
     """The folder of source files; where the store is in place already, the one that it names."""
     header_path = store_dir / "dataset.json"
     if header_path.is_file():
-        found = json.loads(header_path.read_text(encoding="utf-8")).get("source_dir")
+        found = read_json(header_path, "store_dir").get("source_dir")
         for place in decathlon_places(dataset_dir, task):
             if os.path.abspath(place) == found:
                 return place

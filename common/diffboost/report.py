@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from diffboost import exhibits, figures, pictures, results, statistics
 from diffboost.data.slices import SliceStore, read_store
+from diffboost.data.tables import read_csv
 from diffboost.exhibits import METRIC_NAMES
 from diffboost.plans import BASE, Experiment, ablated_knobs, segmenters, settings, synthetic_dir
 
@@ -122,7 +123,9 @@ def render(
         by_label=dice_by_label(base, arms),
         differences=_chart_of_differences(summary, colors),
         outline_colors={"truth": pictures.TRUTH_COLOR, "prediction": pictures.PREDICTION_COLOR},
-        variants={path.parts[-2]: pictures.variants_picture(path) for path in synthetic_dirs[:1]},
+        variants={
+            path.parts[-2]: pictures.variants_picture(path, store) for path in synthetic_dirs[:1]
+        },
         predictions={arm: pictures.predictions_picture(run_dir, store, base, arm) for arm in arms},
         table1=_table1(run_dir),
         figure4=figures.embed(exhibits.merge_figure(run_dir), "png") if has_variants else None,
@@ -213,7 +216,7 @@ def _table1(run_dir: Path) -> dict | None:
     folder = run_dir / "pretrain" / "evaluation"
     if not (folder / "table1.csv").is_file():
         return None
-    rows = pd.read_csv(folder / "table1.csv")
+    rows = read_csv(folder / "table1.csv", "table 1")
     methods = {
         method: {row.metric: (row.mean, row.sd) for row in found.itertuples()}
         for method, found in rows.groupby("method", sort=False)

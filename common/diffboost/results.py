@@ -1,16 +1,18 @@
 """Reads what a study left in its folder: metrics, times, logs, and the machine it ran on."""
 
-import json
 import os
 import platform
 import subprocess
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import torch
-import yaml
 
+from diffboost.data.documents import read_json, read_yaml
+from diffboost.data.tables import read_csv
+from diffboost.knobs import refuse_unknown
 from diffboost.plans import Experiment, ablated_knobs, ablation_segmenters, segmenters
 
 PACKAGES = ("diffboost", "torch", "monai", "diffusers", "transformers", "numpy", "snakemake")
@@ -26,6 +28,7 @@ STAGES = (
     "train_segmentation",
     "evaluate",
 )
+MEASURED = ["case", "label", "metric", "value"]
 COLUMNS = ["arm", "fold", "seed", "case", "label", "metric", "value", "knob", "knob_value"]
 
 
@@ -42,7 +45,16 @@ def read_experiment_as_run(run_dir: Path) -> Experiment:
         raise FileNotFoundError(
             f"run_dir: {run_dir} holds no experiment.yaml; is it a study's folder?"
         )
-    return Experiment(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    return _as_run(path)
+
+
+def _as_run(path: Path) -> Experiment:
+    """The experiment in a study's own experiment.yaml."""
+    written = read_yaml(path, "experiment")
+    if not isinstance(written, dict):
+        raise ValueError(f"experiment {path}: `key: value` lines are needed")
+    refuse_unknown(written, [entry.name for entry in fields(Experiment)], str(path))
+    return Experiment(**written)
 
 
 def result_dirs(run_dir: Path) -> dict[tuple[str, int, int], Path]:
@@ -76,7 +88,9 @@ def read_metrics(run_dir: Path) -> pd.DataFrame:
             ordered.append((segmenter, knob, str(value)))
     text = {"case": str, "label": str}
     frames = [
-        pd.read_csv(run_dir / segmenter.folder / "metrics.csv", dtype=text).assign(
+        read_csv(
+            run_dir / segmenter.folder / "metrics.csv", "metrics", MEASURED, dtype=text
+        ).assign(
             arm=segmenter.arm,
             fold=segmenter.fold,
             seed=segmenter.seed,
@@ -97,7 +111,7 @@ def load_metrics(path: str | Path) -> pd.DataFrame:
     Source: engineering choice
     """
     text = {"case": str, "label": str, "knob": str, "knob_value": str}
-    metrics = pd.read_csv(path, dtype=text)
+    metrics = read_csv(path, "metrics", COLUMNS, dtype=text)
     return metrics.fillna({"knob": "", "knob_value": ""})
 
 
@@ -112,7 +126,7 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
     """
     rows = []
     for path in sorted((run_dir / "benchmarks").rglob("*.tsv")):
-        table = pd.read_csv(path, sep="\t", na_values="-")
+        table = read_csv(path, "benchmarks", ["s", "max_rss"], sep="\t", na_values="-")
         stage = path.name.split(".")[0]
         rows.append(
             {"stage": stage, "seconds": table["s"].iloc[-1], "rss": table["max_rss"].iloc[-1]}
@@ -135,7 +149,7 @@ def read_edge_agreement(run_dir: Path) -> dict | None:
     paths = sorted(run_dir.glob("fold*/synthetic_store/edge_agreement.json"))
     if not paths:
         return None
-    found = pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+    found = pd.DataFrame([read_json(path, "edge agreement", nan=True) for path in paths])
     weights = found["n"] / found["n"].sum()
     means = {key: float((found[key] * weights).sum()) for key in ("own", "other")}
     return means | {"n": int(found["n"].sum())}
@@ -147,11 +161,11 @@ def read_training_logs(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     Source: engineering choice
     """
     generators = [
-        pd.read_csv(path).assign(fold=path.parts[-3])
+        read_csv(path, "training log").assign(fold=path.parts[-3])
         for path in sorted(run_dir.glob("fold*/generator/training_log.csv"))
     ]
     segmenters = [
-        pd.read_csv(path / "training_log.csv").assign(arm=arm, fold=fold, seed=seed)
+        read_csv(path / "training_log.csv", "training log").assign(arm=arm, fold=fold, seed=seed)
         for (arm, fold, seed), path in result_dirs(run_dir).items()
         if (path / "training_log.csv").is_file()
     ]

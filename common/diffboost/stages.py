@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
+from diffboost.data.documents import read_yaml
 
 WORKFLOW = Path(__file__).parents[2] / "workflow"
 
@@ -22,7 +22,7 @@ def stage_configs(workflow_dir: Path = WORKFLOW) -> dict[str, Path]:
         raise FileNotFoundError(
             f"{path} is not there: studies run from a checkout (pip install -e .)"
         )
-    stages = yaml.safe_load(path.read_text(encoding="utf-8"))
+    stages = read_yaml(path, "stages")
     return {name: workflow_dir.parent / "bundles" / config for name, config in stages.items()}
 
 

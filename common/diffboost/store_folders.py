@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from diffboost.data.documents import read_json
 from diffboost.data.slices import STORE_VERSION, read_store
 from diffboost.files import write_json
 from diffboost.processes import is_main_process
@@ -139,7 +140,7 @@ def _has_results(partial_dir: Path) -> bool:
 def _read_record(partial_dir: Path) -> dict:
     """What the folder will be; empty if it does not say."""
     path = partial_dir / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "store_dir") if path.is_file() else {}
 
 
 def _remove_records(store_dir: Path) -> None:

@@ -12,7 +12,9 @@ from tqdm import tqdm
 from diffboost.conditions.edges import EdgeDetector, join_edges, mask_edges
 from diffboost.conditions.prompts import task_prompt
 from diffboost.contact_sheet import write_contact_sheet
+from diffboost.data.documents import DIGEST, digest_of
 from diffboost.data.duplicates import find_duplicates, is_too_large
+from diffboost.data.hashes import MOVABLE
 from diffboost.data.loading import CaseDataset, LoadedCase
 from diffboost.data.pseudonyms import write_sources
 from diffboost.data.slices import (
@@ -26,6 +28,7 @@ from diffboost.data.slices import (
 )
 from diffboost.data.sources import Case, Source
 from diffboost.data.splits import assign_folds, group_cases
+from diffboost.data.tables import write_table
 from diffboost.records import DoneCases, state_of
 
 logger = logging.getLogger(__name__)
@@ -197,7 +200,7 @@ class StoreWriter:
             training, num_folds, self.wanted["seed"], self.wanted["fold_order"], groups
         )
         index["fold"] = index.case.map(folds).fillna(-1).astype(int)
-        index[list(INDEX_COLUMNS)].to_parquet(self.store_dir / "index.parquet", index=False)
+        write_table(self.store_dir / "index.parquet", index[list(INDEX_COLUMNS)])
         sections = index.drop_duplicates("case").section.value_counts()
         finish_store(self.store_dir, self.wanted, self.detector, sections)
 
@@ -282,6 +285,7 @@ def finish_store(
         **wanted,
         "preprocessing": wanted["preprocessing"] | {"edge_weights_sha256": detector.weights_sha256},
     }
+    header[DIGEST] = digest_of(header, MOVABLE)
     text = json.dumps(header, indent=2) + "\n"
     (store_dir / "dataset.json").write_text(text, encoding="utf-8")
     write_contact_sheet(read_store(store_dir), store_dir / "contact_sheet.png")

@@ -21,9 +21,13 @@ from tqdm import tqdm
 from diffboost.conditions.edges import EdgeDetector
 from diffboost.conditions.prompts import prompt_from_path
 from diffboost.data.addresses import address_seed
+from diffboost.data.containment import refuse_names
+from diffboost.data.documents import read_json
+from diffboost.data.items import INDEX_KINDS
 from diffboost.data.loading import TreeBatches, refuse_gone
 from diffboost.data.slices import INDEX_COLUMNS, write_edge
 from diffboost.data.sources import unique_names
+from diffboost.data.tables import open_table, read_csv, read_table
 from diffboost.data.tree import PngChecks, scan_tree
 from diffboost.handlers import write_aside
 from diffboost.processes import process_rank_and_count
@@ -86,7 +90,7 @@ class TreeWriter:
         paths = self._limit(paths)
         partial = self.index_path.with_suffix(".partial")
         num_rows, num_test, nearest = 0, 0, (float("inf"), "")
-        with pq.ParquetWriter(partial, SCHEMA) as writer:
+        with pq.ParquetWriter(partial, SCHEMA, write_page_checksum=True) as writer:
             for rows in self._rows(paths, rejected, num_workers):
                 writer.write_table(rows)
                 num_rows += len(rows)
@@ -176,7 +180,8 @@ class TreeWriter:
 
         Source: DiffBoost Sec. 3.2.
         """
-        paths = pq.read_table(self.index_path, columns=["image"])["image"]
+        paths = read_table(self.index_path, "store_dir", {"image": "text"})["image"]
+        refuse_names(paths, f"{self.index_path}: image")
         rank, count = process_rank_and_count()
         numbers = range(rank, -(-len(paths) // EDGE_BATCH), count)
         unusable = self._read_unusable()
@@ -217,7 +222,7 @@ class TreeWriter:
         """Path and reason of images that could not be decoded."""
         notes = sorted((self.store_dir / UNUSABLE).glob("*"))
         notes = [path for path in notes if path.suffix != ".partial"]
-        return dict(json.loads(path.read_text(encoding="utf-8")) for path in notes)
+        return dict(read_json(path, "store_dir", list) for path in notes)
 
     def finish(self, max_rejected_fraction: float) -> int:
         """Takes unusable images out of the index; writes dataset.json and the contact sheet.
@@ -239,7 +244,7 @@ class TreeWriter:
             self._write_rejected(sorted(rejected.items()))
             _rewrite(self.index_path, functools.partial(_leave_out, paths=list(unusable)))
             shutil.rmtree(self.store_dir / UNUSABLE)
-        sections = pq.read_table(self.index_path, columns=["section"], read_dictionary=["section"])
+        sections = read_table(self.index_path, "store_dir", {"section": "text"}, ["section"])
         counts = sections["section"].value_counts().to_pylist()
         counts = {count["values"]: count["counts"] for count in counts}
         check_rejected(list(rejected.items()), sum(counts.values()), max_rejected_fraction)
@@ -249,7 +254,8 @@ class TreeWriter:
         return sum(counts.values())
 
     def _read_rejected(self) -> dict[str, str]:
-        table = pd.read_csv(self.store_dir / "rejected.csv", keep_default_na=False)
+        path = self.store_dir / "rejected.csv"
+        table = read_csv(path, "store_dir", ["file", "reason"], keep_default_na=False)
         return dict(zip(table.file, table.reason, strict=True))
 
     def _write_rejected(self, rejected: Sequence[tuple[str, str]]) -> None:
@@ -267,7 +273,10 @@ def _rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
     """Changes a parquet file row group by row group, aside, and moves it into place."""
 
     def write(partial: Path) -> None:
-        with pq.ParquetFile(path) as old, pq.ParquetWriter(partial, SCHEMA) as new:
+        with (
+            open_table(path, "store_dir", INDEX_KINDS) as old,
+            pq.ParquetWriter(partial, SCHEMA, write_page_checksum=True) as new,
+        ):
             for number in range(old.num_row_groups):
                 new.write_table(change(old.read_row_group(number)))
 

@@ -1,6 +1,5 @@
 """What counts as a leak: cases that two sides share by name, hash, group, or in a lineage."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -9,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
+from diffboost.data.documents import read_json
+from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import sha256_of_files
 from diffboost.generation.lineage import read_lineage
 
@@ -154,7 +155,7 @@ def variant_leaks(
             "generator saw; synthesize it again"
         )
     columns = ["image", "case", "source_image", "lineage_sha256"]
-    manifest = pd.read_parquet(folder / "manifest.parquet", columns=columns)
+    manifest = read_manifest(folder, columns)
     if set(manifest.lineage_sha256) != {sha256_of_files([path])}:
         raise ValueError(f"synthetic_dir: {path} is not the lineage that the manifest names")
     if used is not None:
@@ -220,4 +221,4 @@ def selected_on_test(model_dir: str | Path) -> bool:
     record = Path(model_dir) / "run.json"
     if not record.is_file():
         return False
-    return json.loads(record.read_text(encoding="utf-8")).get("selection") == "test"
+    return read_json(record, "model_dir").get("selection") == "test"

@@ -20,6 +20,7 @@ from diffboost.audit.checks import (
 )
 from diffboost.data.slices import read_store
 from diffboost.data.splits import select
+from diffboost.data.weights import check_weights
 from diffboost.generation.lineage import read_lineage, write_lineage
 from diffboost.processes import is_main_process
 from diffboost.segmentation.loading import read_record
@@ -77,7 +78,7 @@ def guard_training(
         The lineage: what ``trace_lineage`` says of a generator, and ``selection``: case -> hash.
 
     Raises:
-        ValueError: there is a leak; the pair is named.
+        ValueError: there is a leak; the pair is named. Or ``weights`` hold code or are damaged.
         FileNotFoundError: the synthetic store has no lineage.json.
 
     Source: engineering choice (issue 5, "Lineage and leak guard").
@@ -95,6 +96,8 @@ def guard_training(
         used = (file for item in training for file in item.get("variants", ()))
         leaks += variant_leaks(synthetic_dir, parts["test"], index, used)
         ancestors.append(read_lineage(Path(synthetic_dir) / "lineage.json"))
+    if weights is not None:
+        check_weights(weights)
     before = _lineage_beside(weights)
     if before is not None:
         leaks += lineage_leaks(before, parts["test"], index)
@@ -169,10 +172,11 @@ def guard_evaluation(
         allow_selection_on_test: do not refuse that test cases chose the model (protocol paper).
 
     Raises:
-        ValueError: there is a leak; the pair is named.
+        ValueError: there is a leak; the pair is named. Or the model holds code or is damaged.
 
     Source: engineering choice (issue 5, "Lineage and leak guard").
     """
+    check_weights(model_path, "model_path")
     if part != "test":
         return
     path = Path(model_path).with_name("lineage.json")

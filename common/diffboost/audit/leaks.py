@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 from tqdm import tqdm
 
 from diffboost.audit.checks import (
@@ -22,7 +21,10 @@ from diffboost.audit.checks import (
     variant_leaks,
 )
 from diffboost.data.comparison import NEAR_DUPLICATE
+from diffboost.data.containment import inside, refuse_special
 from diffboost.data.duplicates import PAIR_COLUMNS, find_duplicates, is_too_large
+from diffboost.data.images import read_image
+from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import SliceStore, read_store, sha256_of_files
 from diffboost.data.splits import group_cases, select
 from diffboost.generation.lineage import read_lineage
@@ -109,6 +111,8 @@ def _hash_again(store: SliceStore) -> pd.DataFrame:
     """The index, with the hashes that its image files have now."""
     index = store.index.copy()
     files = [store.image_path(row) for _, row in index[["image", "image_root"]].iterrows()]
+    for path in files:
+        refuse_special(path, "store_dir")
     index["sha256"] = [sha256_of_files([path]) for path in tqdm(files, "hashes", unit="slice")]
     return index
 
@@ -172,14 +176,14 @@ def _held_out(index: pd.DataFrame, fold: int | None) -> pd.DataFrame:
 def _audit_variants(folder: Path, index: pd.DataFrame, fold: int | None) -> list[Leak]:
     """Variants from held-out cases, by manifest and by what their PNGs say, and their lineage."""
     fold = _fold_of(folder, fold)
-    manifest = pd.read_parquet(folder / "manifest.parquet", columns=["image", "case"])
+    manifest = read_manifest(folder, ["image", "case"])
     images = tqdm(manifest.image, "variants", unit="PNG")
     held_out = _held_out(index, fold)
     judged = dict(zip(held_out.case.astype(str), held_out.case.astype(str), strict=True))
     leaks = variant_leaks(folder, held_out, index)
     for image, case in zip(images, manifest.case, strict=True):
-        with Image.open(folder / image) as file:
-            told = getattr(file, "text", {}).get(f"{TEXT}case", case)
+        file = read_image(inside(folder, image, "image"), "synthetic_dir")
+        told = getattr(file, "text", {}).get(f"{TEXT}case", case)
         if told != case and told in judged:
             reason = f"its PNG says that it was made from {told}, the manifest says {case}"
             leaks.append(Leak("generator", image, told, reason))

@@ -20,12 +20,13 @@ from diffboost.audit.image_quality import (
 )
 from diffboost.data.addresses import ProcessBatches, address_seed
 from diffboost.data.slices import read_store, sha256_of_files, slice_items, write_image
+from diffboost.data.tables import read_csv
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import write_aside
 from diffboost.generation.backbones import backbone_sha256, has_part, resolve_backbone
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.pix2pix import load_translator
-from diffboost.generation.synthesis import read_generator
+from diffboost.generation.synthesis import read_generator, refuse_other_backbone
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.records import same_command_goes_on
 
@@ -101,13 +102,7 @@ def compared_models(generator_dir: str | None, pix2pix_dir: str, backbone: str) 
             )
         return facts
     generator = read_generator(generator_dir)
-    trained_on = str(generator.get("backbone_sha256"))  # None: a Pix2Pix model
-    if trained_on != found_sha256:
-        raise ValueError(
-            f"generator_dir: the model in {generator_dir} was trained on backbone "
-            f"{generator.get('backbone')!r} ({trained_on[:12]}), "
-            f"not on backbone: {backbone!r} ({found_sha256[:12]})"
-        )
+    refuse_other_backbone(generator, generator_dir, backbone)
     return facts | {"generator_sha256": generator["model_sha256"]}
 
 
@@ -233,7 +228,7 @@ def write_table1(
     folder = Path(output_dir)
     images = {method: image_paths(output_dir, method, len(data)) for method in METHODS}
     measure_image_quality(data, images, folder / "image_quality.csv", image_size)
-    table = aggregate_quality(pd.read_csv(folder / "image_quality.csv"))
+    table = aggregate_quality(read_csv(folder / "image_quality.csv", "image quality"))
     write_aside(folder / "table1.csv", lambda path: table.to_csv(path, index=False))
     caption = (
         f"Mean ± standard deviation over {len(data)} images: part {part} of "

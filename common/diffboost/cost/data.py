@@ -6,13 +6,14 @@ from pathlib import Path
 
 import nibabel as nib
 import pandas as pd
-from PIL import Image
 
+from diffboost.data.images import picture_size
 from diffboost.data.phantoms import write_decathlon_task
 from diffboost.data.slices import read_store
-from diffboost.data.sources import Case, read_source
+from diffboost.data.sources import IMAGE_SUFFIXES, Case, read_source
 from diffboost.data.splits import assign_folds
 from diffboost.data.tasks import AXCODES
+from diffboost.data.volumes import open_volume
 from diffboost.plans import Experiment
 from diffboost.prepare import PHANTOMS
 
@@ -119,10 +120,10 @@ def _source(dataset_dir: str, task: Mapping, num_cases: int | None) -> pd.DataFr
 
 def _shape(case: Case, slice_axis: str) -> tuple[int, int]:
     """Number of slices of a case, and pixels of one, from its header alone."""
-    if ".nii" not in case.image.name:
-        with Image.open(case.image) as file:
-            return 1, file.width * file.height
-    file = nib.load(case.image)
+    if case.image.suffix.lower() in IMAGE_SUFFIXES:
+        width, height = picture_size(case.image, "dataset_dir")
+        return 1, width * height
+    file = open_volume(case.image, "dataset_dir")
     directions = nib.io_orientation(file.affine)[:, 0]
     axis = list(directions).index(WORLD_AXES.index(AXCODES[slice_axis][-1]))
     sides = list(file.shape[:3])

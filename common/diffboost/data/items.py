@@ -8,8 +8,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from diffboost.data.containment import check_folder, refuse_names
+from diffboost.data.tables import open_table, refuse_empty_cells
+
+INDEX_KINDS = {
+    **dict.fromkeys(("case", "image", "label", "edge", "image_root", "prompt", "section"), "text"),
+    **dict.fromkeys(("group", "sha256", "source_image", "source_label", "source_sha256"), "text"),
+    **dict.fromkeys(("slice", "fold", "foreground_px"), "whole number"),
+    **dict.fromkeys(("spacing_mm", "original_shape", "affine"), "list"),
+}
+FILE_COLUMNS = ("image", "label", "edge")
 ITEM_COLUMNS = ("image", "image_root", "edge", "label", "prompt", "case", "slice", "sha256")
 REPEATED = ["image_root", "label", "prompt", "section", "source_sha256"]  # few different values
 BATCH_ROWS = 1 << 16
@@ -35,13 +44,20 @@ class SliceItems(Sequence):
         self.rows = np.asarray(rows)
         _give_back_memory()
         self._table = pa.Table.from_batches(self._read(ITEM_COLUMNS))
+        for name in FILE_COLUMNS:
+            refuse_names(self._table[name], f"{self.store_dir}/index.parquet: {name}")
         _give_back_memory()
 
     def _read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of the chosen rows, a part of the index at a time."""
-        with pq.ParquetFile(self.store_dir / "index.parquet", read_dictionary=REPEATED) as file:
+        path, kinds = (
+            self.store_dir / "index.parquet",
+            {name: INDEX_KINDS[name] for name in columns},
+        )
+        with open_table(path, "store_dir", kinds, REPEATED) as file:
             start = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+                refuse_empty_cells(batch, path, "store_dir")
                 first, last = np.searchsorted(self.rows, (start, start + len(batch)))
                 yield batch.take(pa.array(self.rows[first:last] - start))
                 start += len(batch)
@@ -70,12 +86,18 @@ class SliceItems(Sequence):
     def _item(self, row: dict) -> dict:
         root = self.header["source_dir"] if row["image_root"] == "source" else ""
         item = {
-            "image": str(self.store_dir / root / row["image"]),
-            "edge": str(self.store_dir / row["edge"]),
+            "image": self._path(row["image"], "image", root),
+            "edge": self._path(row["edge"], "edge"),
         }
         if row["label"]:
-            item["label"] = str(self.store_dir / row["label"])
+            item["label"] = self._path(row["label"], "label")
         return item | {key: row[key] for key in ("prompt", "case", "slice", "sha256")}
+
+    def _path(self, name: str, column: str, root: str = "") -> str:
+        """Absolute path of a file below ``root``, of whose folder no link leads out."""
+        folder = str(self.store_dir / root)
+        check_folder(folder, name.rpartition("/")[0], f"{self.store_dir}/index.parquet: {column}")
+        return f"{folder}/{name}"
 
     @property
     def nbytes(self) -> int:

@@ -1,24 +1,22 @@
 """Loading whole cases for prepare: read, check, cut into slices; a bad file gives a reason."""
 
-import struct
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pyarrow as pa
 import torch
 from monai.data import MetaTensor
-from PIL import Image
 from torch.utils.data import Dataset
 
+from diffboost.data.images import read_image
 from diffboost.data.slices import sha256_of_files
-from diffboost.data.sources import Case
+from diffboost.data.sources import IMAGE_SUFFIXES, Case
 from diffboost.data.transforms import LoadSliced, case_preprocessing, intensity_step
+from diffboost.data.volumes import check_volume
 
-BAD_FILE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, SyntaxError, zlib.error)
+BAD_FILE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,11 @@ class CaseDataset(Dataset):
             return self._load_case(case)
         except BAD_FILE_ERRORS as error:
             refuse_gone([case.image, *case.labels])
-            return _unreadable((case.image, *case.labels)) or _reason(error)
+            return _reason(error)
 
     def _load_case(self, case: Case) -> LoadedCase:
         """A volume or a 2D image with its label, preprocessed and cut into slices."""
+        _check_files(case)
         preprocessing = case_preprocessing(self.task, self.image_size, with_label=True)
         names = [str(path) for path in case.labels]
         item = {"image": str(case.image), "label": names if len(names) > 1 else names[0]}
@@ -141,7 +140,7 @@ class TreeBatches(Dataset):
             _check_image(image)
         except BAD_FILE_ERRORS as error:
             refuse_gone([path])
-            return _unreadable([path]) or _reason(error)
+            return _reason(error)
         return image
 
 
@@ -187,22 +186,18 @@ def _check_source(image: MetaTensor, label: MetaTensor, channel: int) -> None:
         raise ValueError("image and label have different directions or spacings in their affines")
 
 
-def _unreadable(paths: Iterable[Path]) -> str:
-    """Which of a case's files cannot be read and why; "" if all can."""
-    for path in paths:
-        try:
-            if ".nii" in path.name:
-                nib.load(path).get_fdata(dtype=np.float32)
-            else:
-                with Image.open(path) as file:
-                    file.load()
-        except (*BAD_FILE_ERRORS, nib.filebasedimages.ImageFileError, struct.error) as error:
-            return f"{path.name} cannot be read, truncated or of another format: {_reason(error)}"
-    return ""
+def _check_files(case: Case) -> None:
+    """Raises ValueError for a file that is damaged or claims absurd sizes, before it is loaded."""
+    for path in (case.image, *case.labels):
+        key = "image" if path == case.image else "label"
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            read_image(path, key)
+        else:
+            check_volume(path, key)
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause of an error, on one line."""
-    while error.__cause__ is not None:
+    """What our own error says, else the innermost cause, on one line."""
+    while error.__cause__ is not None and type(error) is not ValueError:
         error = error.__cause__
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,6 +1,5 @@
 """The slice store: a folder of slices, labels and edges with an index; read, written, listed."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,13 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffboost.data.items import SliceItems
+from diffboost.data.containment import check_folder, inside, refuse_names
+from diffboost.data.documents import read_json
+from diffboost.data.hashes import check_header, check_source
+from diffboost.data.items import FILE_COLUMNS, INDEX_KINDS, SliceItems
 from diffboost.data.pseudonyms import read_sources
 from diffboost.data.splits import needs_names, select
+from diffboost.data.tables import open_table, read_table, refuse_empty_cells, to_frame
 from diffboost.files import sha256_of_files  # noqa: F401
 
 STORE_VERSION = 3
@@ -35,17 +38,31 @@ class SliceStore:
     @cached_property
     def index(self) -> pd.DataFrame:
         """The whole index; of a tree with a million images rather read some ``columns``."""
-        return pd.read_parquet(self.store_dir / "index.parquet")
+        with open_table(self.index_path, "store_dir", INDEX_KINDS) as file:
+            table = file.read(use_threads=False)
+            refuse_empty_cells(table.select(INDEX_KINDS), self.index_path, "store_dir")
+        for name in (*FILE_COLUMNS, "source_image", "source_label"):
+            names = table[name]
+            if name == "source_label":  # several masks are joined
+                names = pc.list_flatten(pc.split_pattern(names, "|"))
+            refuse_names(names, f"{self.index_path}: {name}")
+        return to_frame(table)
 
     def columns(self, names: Sequence[str]) -> pd.DataFrame:
         """Some columns of the index, backed by Arrow: a hundred bytes a row, not a thousand."""
-        table = pq.read_table(self.store_dir / "index.parquet", columns=list(names))
-        return table.to_pandas(types_mapper=pd.ArrowDtype, ignore_metadata=True)
+        kinds = {name: INDEX_KINDS[name] for name in names}
+        table = read_table(self.index_path, "store_dir", kinds)
+        return to_frame(table, types_mapper=pd.ArrowDtype)
 
     def source_sha256(self) -> dict[str, str]:
         """The hash of every case's source files (image and labels)."""
         rows = self.columns(["case", "source_sha256"]).drop_duplicates("case")
         return dict(zip(rows["case"], rows.source_sha256, strict=True))
+
+    @property
+    def index_path(self) -> Path:
+        """The index's file."""
+        return self.store_dir / "index.parquet"
 
     @property
     def source_dir(self) -> Path:
@@ -64,6 +81,7 @@ class SliceStore:
     def image_path(self, row: pd.Series) -> Path:
         """Absolute path of a row's image, in the store or (RadImageNet tree) at its source."""
         root = self.source_dir if row["image_root"] == "source" else self.store_dir
+        check_folder(str(root), row["image"].rpartition("/")[0], f"{self.index_path}: image")
         return root / row["image"]
 
 
@@ -89,13 +107,14 @@ def read_store(store_dir: str | Path) -> SliceStore:
         raise FileNotFoundError(
             f"store_dir: {what} {store_dir}; write one with prepare (bundle task_finetune)"
         )
-    header = json.loads(header_path.read_text(encoding="utf-8"))
+    header = read_json(header_path, "store_dir")
     version = header.get("store_version")
     if version != STORE_VERSION:
         raise ValueError(
             f"store_dir: {store_dir} has store_version {version}, this program reads version "
             f"{STORE_VERSION}; run prepare again into a new folder"
         )
+    check_header(header, header_path)
     return SliceStore(store_dir, header)
 
 
@@ -214,11 +233,13 @@ def case_items(
     Raises:
         FileNotFoundError: no slice store at ``store_dir``, its source folder is gone, or its cases
             have pseudonyms and what names them is not here.
-        ValueError: wrong part or fold, or an empty training fold.
+        ValueError: wrong part or fold, an empty training fold, or a source file that is not the
+            one that was prepared.
 
     Source: engineering choice (protocol ``sound``: whole volumes at test).
     """
     store = read_store(store_dir)
+    key = f"{store.index_path}: "
     source_dir, names = store.source_dir, {}
     if store.header.get("pseudonyms"):
         source_dir, names = read_sources(store.store_dir)
@@ -231,8 +252,11 @@ def case_items(
     items = []
     for row in rows.drop_duplicates("case").to_dict("records"):
         image, label = names.get(row["case"], (row["source_image"], row["source_label"]))
-        item = {"image": str(source_dir / image), "case": row["case"]}
-        labels = [str(source_dir / name) for name in label.split("|") if name]
+        image = inside(source_dir, image, f"{key}source_image")
+        label = [name for name in label.split("|") if name]
+        labels = [str(inside(source_dir, name, f"{key}source_label")) for name in label]
+        item = {"image": str(image), "case": row["case"]}
+        check_source((item["image"], *labels), row)
         if labels:
             item["label"] = labels[0] if len(labels) == 1 else labels
         item["spacing_mm"] = [float(value) for value in row["spacing_mm"]]

@@ -1,6 +1,5 @@
 """Readers of raw data with labels: Decathlon folders, and pairs of image and mask."""
 
-import json
 import logging
 import os
 import re
@@ -8,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diffboost.data.containment import inside, leads_out
+from diffboost.data.documents import read_json
 from diffboost.knobs import nearest
 
 logger = logging.getLogger(__name__)
@@ -92,25 +93,12 @@ def unique_names(stems: Iterable[str]) -> Iterator[str]:
         yield name
 
 
-def _inside(root: Path, relative: object) -> Path:
-    """Absolute path of a file named in dataset.json; it must not leave the data folder."""
-    if not isinstance(relative, str):
-        raise ValueError(f"{root / 'dataset.json'}: {relative!r} is not a path")
-    path = Path(os.path.abspath(root / relative))
-    if not path.is_relative_to(root):
-        raise ValueError(f"{root / 'dataset.json'}: '{relative}' leads out of the data folder")
-    return path
-
-
 def _decathlon(root: Path, task: Mapping) -> Source:
     """Cases of a Decathlon dataset.json: ``training``, and ``test`` where it has labels."""
     json_path = root / "dataset.json"
     if not json_path.is_file():
         raise FileNotFoundError(f"dataset_dir: no dataset.json in {root} (layout decathlon)")
-    try:
-        header = json.loads(json_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{json_path} is not JSON: {error}") from error
+    header = read_json(json_path, "dataset_dir", (dict, list))
     if not isinstance(header, dict) or not isinstance(header.get("training"), list):
         raise ValueError(
             f"{json_path} is not a Decathlon json: a list 'training' of {{image, label}} is needed"
@@ -118,14 +106,21 @@ def _decathlon(root: Path, task: Mapping) -> Source:
     source, found = Source(), []
     for section in ("training", "test"):
         entries = header.get(section) or []
+        if not isinstance(entries, list):
+            raise ValueError(f"{json_path}: {section}: {entries!r:.80}; a list is needed")
         unlabelled = [entry for entry in entries if not isinstance(entry, dict)]
         if unlabelled and section == "test":
             logger.info("%s: %d test images without label are left out", root, len(unlabelled))
             entries = [entry for entry in entries if isinstance(entry, dict)]
         for entry in entries:
             if not isinstance(entry, dict) or not {"image", "label"} <= set(entry):
-                raise ValueError(f"{json_path}: {section}: {entry!r} lacks an image or a label")
-            image, label = (_inside(root, entry[key]) for key in ("image", "label"))
+                raise ValueError(
+                    f"{json_path}: {section}: {entry!r:.200} lacks an image or a label"
+                )
+            image, label = (
+                inside(root, entry[key], f"{json_path}: {section}: {key}")
+                for key in ("image", "label")
+            )
             missing = [path for path in (image, label) if not path.is_file()]
             if missing:
                 source.rejected += [
@@ -167,7 +162,10 @@ def _pairs(root: Path, task: Mapping) -> Source:
     for path in images:
         relative = path.relative_to(image_root)
         labels = masks.get(relative.parent / path.stem)
-        if labels:
+        out = [each for each in (path, *(labels or ())) if leads_out(root, each)]
+        if out:
+            source.rejected.append((str(out[0].relative_to(root)), "a link out of the folder"))
+        elif labels:
             found.append((path, tuple(labels), relative.parent.name))
         else:
             source.rejected.append((str(path.relative_to(root)), "no mask for this image"))

@@ -1,11 +1,11 @@
 """Task files: what a data set is (modality, organ, channel, label map, intensity, slices)."""
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
+from diffboost.data.documents import read_yaml
 from diffboost.knobs import nearest, refuse_unknown
 
 TASKS_DIR = Path(__file__).parent / "tasks"
@@ -73,10 +73,7 @@ def read_task(task: str | Path | Mapping) -> dict:
             raise FileNotFoundError(
                 f"task: '{task}' is neither a shipped task nor a .yaml file; {hint}"
             )
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"task file {path} is not YAML: {error}") from error
+        given = read_yaml(path, "task file")
         origin = f"task file {path}"
     if not isinstance(given, dict):
         raise ValueError(f"{origin}: a mapping of keys is needed, got {type(given).__name__}")
@@ -163,6 +160,9 @@ def _check_values(task: dict, origin: str) -> None:
             f"{', '.join(INTENSITY_KEYS[policy])}, got {', '.join(sorted(set(intensity)))}"
         )
     low, high = (intensity[key] for key in INTENSITY_KEYS[policy])
+    for limit in (low, high):
+        if type(limit) not in (int, float) or not math.isfinite(limit):
+            raise ValueError(f"{origin}: intensity: {limit!r:.80}; a number is needed")
     if not low < high:
         raise ValueError(f"{origin}: intensity: {low} must be below {high}")
     if task["layout"] != "radimagenet" and not task["labels"]:

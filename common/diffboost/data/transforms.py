@@ -24,6 +24,7 @@ from monai.transforms import (
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from diffboost.data.images import read_image
 from diffboost.data.tasks import AXCODES
 
 AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -43,7 +44,7 @@ class LoadSliced(MapTransform):
         allow_missing_keys: skip keys that an item does not have.
 
     Raises:
-        ValueError: a key outside this vocabulary.
+        ValueError: a key outside this vocabulary; when called, a picture that is damaged.
 
     Source: engineering choice (design, "Slice store").
     """
@@ -64,8 +65,7 @@ class LoadSliced(MapTransform):
         """A copy of ``data`` with tensors in place of the paths."""
         item = dict(data)
         for key in self.key_iterator(item):
-            with Image.open(item[key]) as file:
-                pixels = _read_pixels(file, key)
+            pixels = _read_pixels(read_image(item[key], str(key)), key)
             item[key] = self._resize(pixels, nearest=key == "label")
         return item
 
@@ -80,8 +80,10 @@ class LoadSliced(MapTransform):
 
 
 def _read_pixels(file: Image.Image, key: Hashable) -> torch.Tensor:
-    """An open PNG as tensor (1, H, W), scaled by what the key stands for."""
+    """A picture as tensor (1, H, W), scaled by what the key stands for."""
     if key == "label":
+        if file.mode not in ("L", "P", "1"):
+            raise ValueError(f"label: a picture of mode {file.mode}; 8-bit gray is needed")
         return torch.from_numpy(np.array(file, dtype=np.uint8))[None]
     sixteen_bit = file.mode.startswith("I")
     pixels = torch.from_numpy(np.array(file.convert("F")))[None]  # RGB: luminance

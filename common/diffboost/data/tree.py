@@ -3,20 +3,16 @@
 import hashlib
 import io
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from diffboost.data.containment import leads_out, read_file
+from diffboost.data.images import BROKEN_ERRORS, LARGEST_PICTURE, SIGNATURE, check_chunks
+
 DEPTH = 3  # folders above an image
-LARGEST_SIDE_PX = 1 << 15
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-BROKEN_PNG_ERRORS = (
-    OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 
 
 def scan_tree(root: str | Path) -> tuple[list[str], list[tuple[str, str]]]:
@@ -59,6 +55,9 @@ def _scan_folder(root: Path, folder: str, depth: int, paths: list, rejected: lis
         picture = entry.name.lower().endswith(".png")
         if entry.name.startswith("."):
             continue
+        if entry.is_symlink() and entry.is_dir() and leads_out(root, entry.path):
+            rejected.append((relative, "a link that leads out of the tree"))
+            continue
         if depth == DEPTH:
             if picture:
                 paths.append(relative)
@@ -82,24 +81,22 @@ def check_png(path: str | Path) -> tuple[str, int, int]:
     Raises:
         ValueError: the file cannot be read, is empty, no PNG or broken; the message says which.
 
-    Source: engineering choice (Pillow's verify; pixels are decoded when edges are made).
+    Source: engineering choice (checksums of all chunks; pixels are decoded when edges are made).
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_file(path, "image", LARGEST_PICTURE)
     except OSError as error:
         raise ValueError(f"the file cannot be read: {error.strerror}") from error
     if not content.startswith(SIGNATURE):
         raise ValueError("not a PNG file" if content else "the file is empty")
     try:
+        check_chunks(content)
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             width, height = picture.size
-            picture.verify()
     except UnidentifiedImageError as error:
         raise ValueError("broken PNG: its head is damaged or cut off") from error
-    except BROKEN_PNG_ERRORS as error:
+    except BROKEN_ERRORS as error:
         raise ValueError(f"broken PNG: {error}") from error
-    if not 0 < min(width, height) <= max(width, height) <= LARGEST_SIDE_PX:
-        raise ValueError(f"broken PNG: a picture of {width} x {height} pixels")
     return hashlib.sha256(content).hexdigest(), height, width
 
 

@@ -2,15 +2,43 @@
 
 import errno
 import os
+import tokenize
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from diffboost.data.containment import refuse_special
 from diffboost.files import write_aside
 
 DONE = "done_batches_of_"  # name of the note, before the batch's size
+
+
+# What numpy raises on a damaged head, which it reads as Python's own text.
+_NPY_ERRORS = (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError, LookupError)
+
+
+def load_array(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    """A .npy file of numbers; Python objects, which could run code, are not loaded.
+
+    Args:
+        path: the file.
+        mmap_mode: as for numpy's ``load``.
+
+    Raises:
+        ValueError: it is damaged or holds objects; remove the cache's folder, it is made again.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    refuse_special(path, "cache_dir")
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (*_NPY_ERRORS, tokenize.TokenError) as error:
+        raise ValueError(f"cache_dir: {path} is damaged: {error}; remove its folder") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.ndim:
+        raise ValueError(f"cache_dir: {path} holds no array of numbers; remove its folder")
+    return array
 
 
 class ArrayFile:
@@ -26,7 +54,7 @@ class ArrayFile:
     """
 
     def __init__(self, path: Path, writable: bool = False) -> None:
-        header = np.load(path, mmap_mode="r")
+        header = load_array(path, mmap_mode="r")
         self.shape, self.dtype, self._offset = header.shape, header.dtype, header.offset
         self._row_bytes = header[:1].nbytes
         self._file = open(path, "r+b" if writable else "rb", buffering=0)  # noqa: SIM115

@@ -10,18 +10,19 @@ import hashlib
 import inspect
 import json
 import logging
-import shutil
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import constants, hf_hub_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from diffboost.data.documents import read_json
 from diffboost.data.slices import sha256_of_files
-from diffboost.generation.lineage import write_lineage
 from diffboost.generation.single_file import (
     SUFFIXES,
     load_single_file,
@@ -35,6 +36,13 @@ logger = logging.getLogger(__name__)
 TINY_DIR = Path(__file__).parents[1] / "weights" / "tiny"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD15_DIR = TINY_DIR.with_name("sd15")  # configs alone, no weights
+LARGEST_SIZE = 1 << 20  # tokens, pixels, channels
+MOST_LAYERS = 1 << 10
+# What diffusers, transformers and safetensors raise on damaged parts.
+MISFITS = (
+    RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+    AssertionError, NotImplementedError, ImportError, SafetensorError,
+)  # fmt: skip
 PARTS = {
     "vae": AutoencoderKL,
     "unet": UNet2DConditionModel,
@@ -116,12 +124,24 @@ def load_config(backbone: str, part: str) -> dict:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(load_config(backbone, "unet"))
             return dict(ControlNetModel.from_unet(unet, load_weights_from_unet=False).config)
-    given = json.loads(_config_path(backbone, part).read_text(encoding="utf-8"))
+    path = _config_path(backbone, part)
+    given = read_json(path, "backbone")
+    _refuse_absurd(given, path)
     if part == "text_encoder":
         return CLIPTextModel.config_class(**given).to_dict()
     parameters = inspect.signature(PARTS[part].__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     return defaults | given
+
+
+def _refuse_absurd(config: Mapping, path: Path) -> None:
+    """Raises ValueError for a number that no network of a backbone has, before one is built."""
+    for name, value in config.items():
+        numbers = value if isinstance(value, list) else [value]
+        highest = MOST_LAYERS if "layers" in name else LARGEST_SIZE
+        for number in numbers:
+            if isinstance(number, int) and not -1 <= number <= highest:
+                raise ValueError(f"backbone: {path}: {name}: {value!r:.80}; at most {highest}")
 
 
 def _config_path(backbone: str, part: str) -> Path | None:
@@ -170,10 +190,17 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
     else:
         load = read_tokenizer if part == "tokenizer" else PARTS[part].from_pretrained
         options = {"use_safetensors": True} if issubclass(PARTS[part], nn.Module) else {}
+        if part != "tokenizer":
+            load_config(backbone, part)  # refuses absurd sizes before memory is taken
         try:
             loaded = load(root, subfolder=part, **options)
         except OSError as error:
             raise _missing_part(backbone, part) from error
+        except MISFITS as error:
+            raise ValueError(
+                f"backbone: the part {part!r} of {root} is damaged or does not fit its "
+                f"configuration: {' '.join(str(error).split())[:500]}"
+            ) from error
     if isinstance(loaded, nn.Module):
         loaded = loaded.float().eval().requires_grad_(False)
     return loaded
@@ -240,61 +267,3 @@ def backbone_sha256(backbone: str) -> str:
 def _file_sha256(path: Path, changed_ns: int) -> str:
     """A file's hash; checkpoints of gigabytes are read once a process."""
     return sha256_of_files([path])
-
-
-def write_backbone(
-    output_dir: str,
-    parts: dict[str, object],
-    base: str | None = None,
-    half: bool = False,
-    lineage: dict | None = None,
-) -> Path:
-    """Write a backbone folder: the given parts, and the others as they are in ``base``.
-
-    Args:
-        output_dir: the folder; it is written aside and moved into place when whole.
-        parts: name of a part to the loaded part; the names are those of ``PARTS``.
-        base: the backbone that brings the parts not given.
-        half: store weights as float16, half the size.
-        lineage: what the weights have seen, written as ``lineage.json``.
-
-    Raises:
-        FileExistsError: ``output_dir`` exists.
-
-    Source: engineering choice.
-    """
-    target = Path(output_dir)
-    if target.exists():
-        raise FileExistsError(f"output_dir: {target} exists; remove it or name another folder")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in PARTS:
-        if name in parts:
-            part = parts[name]
-            if half and isinstance(part, nn.Module):
-                part = part.half()
-            _write_part(part, partial / name)
-        elif base is not None and has_part(base, name):
-            folder = Path(resolve_backbone(base)) / name
-            if folder.is_dir():
-                shutil.copytree(folder, partial / name)
-            else:
-                _write_part(load_part(base, name), partial / name)
-    if lineage is not None:
-        write_lineage(partial / "lineage.json", lineage)
-    partial.rename(target)
-    logger.info(
-        "wrote backbone %s: %s", target, ", ".join(sorted(p.name for p in target.iterdir()))
-    )
-    return target
-
-
-def _write_part(part: object, folder: Path) -> None:
-    """Save a part, without the path of the machine where it was loaded from; diffusers keeps it."""
-    part.save_pretrained(folder)
-    config = folder / "config.json"
-    if config.is_file():
-        content = json.loads(config.read_text())
-        content.pop("_name_or_path", None)
-        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

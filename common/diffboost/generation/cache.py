@@ -19,7 +19,13 @@ from diffboost.data.addresses import address_seed
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import sha256_of_files
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.array_files import DONE, ArrayFile, DoneBatches, make_array_file
+from diffboost.generation.array_files import (
+    DONE,
+    ArrayFile,
+    DoneBatches,
+    load_array,
+    make_array_file,
+)
 from diffboost.generation.backbones import backbone_sha256, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
@@ -78,8 +84,13 @@ class CachedItems(Sequence):
         self.folder = Path(folder)
         self._moments = ArrayFile(self.folder / "moments.npy")
         self._edges = ArrayFile(self.folder / "edges.npy")
-        self._contexts = np.load(self.folder / "contexts.npy")
-        self._rows = np.load(self.folder / "rows.npy")
+        self._contexts = load_array(self.folder / "contexts.npy")
+        self._rows = load_array(self.folder / "rows.npy")
+        fits = self._rows.ndim == 1 and len(self._rows) == len(self._moments) == len(self._edges)
+        if not fits or not (0 <= self._rows).all() or not (self._rows < len(self._contexts)).all():
+            raise ValueError(
+                f"cache_dir: {self.folder}: rows.npy does not fit the others; remove the folder"
+            )
 
     def __reduce__(self) -> tuple:
         """Pickles the folder; spawned workers open the files themselves."""

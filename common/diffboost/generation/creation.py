@@ -1,15 +1,22 @@
 """A new backbone from nothing: small parts of the same classes as Stable Diffusion 1.5."""
 
 import json
+import logging
+import shutil
 import string
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffboost.conditions.prompts import ABBREVIATIONS, augmentation_phrase
-from diffboost.generation.backbones import write_backbone
+from diffboost.data.documents import read_json
+from diffboost.generation.backbones import PARTS, has_part, load_part, resolve_backbone
+from diffboost.generation.lineage import write_lineage
+
+logger = logging.getLogger(__name__)
 
 # Words that prompts of RadImageNet and of the shipped tasks are made of.
 PROMPT_WORDS = (
@@ -183,3 +190,61 @@ def _noise_schedule() -> DDPMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
     )
+
+
+def write_backbone(
+    output_dir: str,
+    parts: dict[str, object],
+    base: str | None = None,
+    half: bool = False,
+    lineage: dict | None = None,
+) -> Path:
+    """Write a backbone folder: the given parts, and the others as they are in ``base``.
+
+    Args:
+        output_dir: the folder; it is written aside and moved into place when whole.
+        parts: name of a part to the loaded part; the names are those of ``PARTS``.
+        base: the backbone that brings the parts not given.
+        half: store weights as float16, half the size.
+        lineage: what the weights have seen, written as ``lineage.json``.
+
+    Raises:
+        FileExistsError: ``output_dir`` exists.
+
+    Source: engineering choice.
+    """
+    target = Path(output_dir)
+    if target.exists():
+        raise FileExistsError(f"output_dir: {target} exists; remove it or name another folder")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in PARTS:
+        if name in parts:
+            part = parts[name]
+            if half and isinstance(part, nn.Module):
+                part = part.half()
+            _write_part(part, partial / name)
+        elif base is not None and has_part(base, name):
+            folder = Path(resolve_backbone(base)) / name
+            if folder.is_dir():
+                shutil.copytree(folder, partial / name)
+            else:
+                _write_part(load_part(base, name), partial / name)
+    if lineage is not None:
+        write_lineage(partial / "lineage.json", lineage)
+    partial.rename(target)
+    logger.info(
+        "wrote backbone %s: %s", target, ", ".join(sorted(p.name for p in target.iterdir()))
+    )
+    return target
+
+
+def _write_part(part: object, folder: Path) -> None:
+    """Save a part, without the path of the machine where it was loaded from; diffusers keeps it."""
+    part.save_pretrained(folder)
+    config = folder / "config.json"
+    if config.is_file():
+        content = read_json(config, "backbone")
+        content.pop("_name_or_path", None)
+        config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

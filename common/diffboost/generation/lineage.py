@@ -11,15 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from diffboost.data.containment import inside
+from diffboost.data.documents import DIGEST, check_digest, digest_of, read_json
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import sha256_of_files
+from diffboost.data.tables import read_table, write_table
 from diffboost.handlers import write_aside
 from diffboost.processes import is_main_process, wait_for_processes
 
 LARGEST_INLINE = 20_000  # cases; a lineage.json of a million would take minutes to open
 SIDE_FILE = "lineage_cases"
+REFERENCE = {"file", "num_cases", "sha256"}  # keys that stand for a table beside lineage.json
 
 
 def hash_cases(data: SliceItems) -> dict[str, str] | pa.Table:
@@ -52,14 +55,39 @@ def read_lineage(path: str | Path) -> dict:
     Source: engineering choice (design, "lineage").
     """
     path = Path(path)
-    lineage = json.loads(path.read_text(encoding="utf-8"))
+    lineage = read_lineage_document(path)
     for member in _members(lineage):
         reference = member["cases"]
-        if set(reference) == {"file", "num_cases", "sha256"}:
-            table = path.with_name(reference["file"])
+        if set(reference) == REFERENCE:
+            table = inside(path.parent, reference["file"], f"lineage: {path}: file")
             if not table.is_file() or sha256_of_files([table]) != reference["sha256"]:
                 raise ValueError(f"{path}: {table.name} beside it is missing or another file")
-            member["cases"] = pq.read_table(table)
+            member["cases"] = read_table(table, "lineage", {"case": "text", "sha256": "text"})
+    return lineage
+
+
+def read_lineage_document(path: str | Path) -> dict:
+    """What lineage.json itself says, without the tables that it refers to.
+
+    Args:
+        path: a lineage.json.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or cases or ancestors are not what they should be.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    lineage = read_json(path, "lineage")
+    check_digest(lineage, path, "lineage")
+    for member in _members(lineage, path):
+        for cases in (member.get("cases"), member.get("selection", {})):
+            texts = isinstance(cases, dict) and set(cases) != REFERENCE
+            if not isinstance(cases, dict) or (
+                texts and not all(isinstance(value, str) for value in cases.values())
+            ):
+                raise ValueError(f"lineage: {path}: cases: {cases!r:.80}; name -> hash is needed")
+    lineage.pop(DIGEST, None)
     return lineage
 
 
@@ -73,9 +101,9 @@ def write_lineage(path: str | Path, lineage: dict) -> None:
     Source: engineering choice (design, "lineage").
     """
     path = Path(path)
-    text = json.dumps(
-        _with_tables_aside(lineage, path, itertools.count()), indent=1, sort_keys=True
-    )
+    document = _with_tables_aside(lineage, path, itertools.count())
+    document[DIGEST] = digest_of(document)
+    text = json.dumps(document, indent=1, sort_keys=True)
     write_aside(path, functools.partial(Path.write_text, data=text + "\n", encoding="utf-8"))
 
 
@@ -100,7 +128,7 @@ def _with_tables_aside(lineage: dict, path: Path, numbers: Iterator[int]) -> dic
     cases, number = lineage["cases"], next(numbers)
     if isinstance(cases, pa.Table):
         file = path.with_name(f"{SIDE_FILE}_{number}.parquet" if number else f"{SIDE_FILE}.parquet")
-        write_aside(file, functools.partial(pq.write_table, cases))
+        write_aside(file, functools.partial(write_table, table=cases))
         cases = {"file": file.name, "num_cases": len(cases), "sha256": sha256_of_files([file])}
     ancestors = [
         _with_tables_aside(ancestor, path, numbers) for ancestor in lineage.get("ancestors", [])
@@ -108,8 +136,11 @@ def _with_tables_aside(lineage: dict, path: Path, numbers: Iterator[int]) -> dic
     return {**lineage, "cases": cases, "ancestors": ancestors}
 
 
-def _members(lineage: dict) -> list[dict]:
+def _members(lineage: dict, path: str | Path = "") -> list[dict]:
     """A lineage and all its ancestors, itself first."""
-    return [lineage] + [
-        member for ancestor in lineage.get("ancestors", []) for member in _members(ancestor)
-    ]
+    ancestors = lineage.get("ancestors", []) if isinstance(lineage, dict) else None
+    if not isinstance(ancestors, list):
+        raise ValueError(
+            f"lineage: {path}: ancestors: {lineage!r:.80}; a list of lineages is needed"
+        )
+    return [lineage] + [member for ancestor in ancestors for member in _members(ancestor, path)]

@@ -7,8 +7,9 @@ from diffusers import AutoencoderKL, ControlNetModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
+from diffboost.data.weights import read_state
 from diffboost.generation.backbones import has_part, load_part
-from diffboost.generation.single_file import fill_branch, key_groups, read_state
+from diffboost.generation.single_file import fill_branch, key_groups
 from diffboost.precision import autocast_dtype
 
 

@@ -1,6 +1,5 @@
 """Pix2Pix, the baseline of Table 1: a conditional GAN from edges to images, of MONAI's parts."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,9 +10,13 @@ from monai.networks.nets import UNet
 from monai.networks.utils import normal_init
 from torch import nn
 
+from diffboost.data.documents import read_json
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import read_store
+from diffboost.data.weights import load_weights
 from diffboost.generation.lineage import hash_cases
+
+LARGEST_WIDTH = 1 << 12
 
 
 class EdgeTranslator(nn.Sequential):
@@ -169,12 +172,19 @@ def load_translator(pix2pix_dir: str) -> EdgeTranslator:
                 f"pix2pix_dir: {folder} has no {name}; train_pix2pix.yaml of "
                 "radimagenet_controlnet_pretrain writes both into its output_dir"
             )
-    settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "run.json", "pix2pix_dir")
     if "discriminator_channels" not in settings:
         raise ValueError(
             f"pix2pix_dir: {folder} holds a model of another training; "
             "name the output_dir of train_pix2pix.yaml"
         )
-    network = EdgeTranslator(settings["channels"])
-    network.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+    channels = settings.get("channels")
+    widths = channels if isinstance(channels, list) else []
+    if not all(type(width) is int and 0 < width <= LARGEST_WIDTH for width in widths or [0]):
+        raise ValueError(
+            f"pix2pix_dir: {folder / 'run.json'}: channels: {channels!r:.80}; a list of widths "
+            f"from 1 to {LARGEST_WIDTH} is needed"
+        )
+    network = EdgeTranslator(channels)
+    load_weights(network, folder / "model.pt", "pix2pix_dir")
     return network.requires_grad_(False).eval()

@@ -11,13 +11,10 @@ from tqdm import tqdm
 from diffboost.checkpoints import announce
 from diffboost.data.items import SliceItems
 from diffboost.data.slices import read_store
+from diffboost.data.weights import load_weights
 from diffboost.files import sha256_of_files
-from diffboost.generation.backbones import (
-    backbone_sha256,
-    load_part,
-    resolve_backbone,
-    write_backbone,
-)
+from diffboost.generation.backbones import backbone_sha256, load_part, resolve_backbone
+from diffboost.generation.creation import write_backbone
 from diffboost.generation.lineage import hash_cases, read_lineage, write_lineage
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.handlers import save_weights
@@ -153,7 +150,7 @@ def export_autoencoder(
         wait_for_processes()
         return Path(output_dir)
     network = getattr(network, "module", network)
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    load_weights(network, weights)
     network.eval()
     device = next(network.parameters()).device
     step = max(1, len(dataset) // num_images)

@@ -6,19 +6,18 @@ read from disk.
 """
 
 import logging
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from diffusers.loaders import single_file_utils
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTokenizer
+
+from diffboost.data.weights import read_state, tensor_names
 
 logger = logging.getLogger(__name__)
 
@@ -40,61 +39,6 @@ BRANCHES = (
 # Saved by older versions, made anew by the present ones.
 BUFFERS = ("position_ids",)
 CLIP = "openai/clip-vit-large-patch14"  # brings Stable Diffusion 1.5's tokenizer
-# Lightning writes its own classes beside the weights; they are read as empty shells.
-INERT_MODULES = ("pytorch_lightning.", "lightning.")
-
-
-class Inert:
-    """Stands for a class of Lightning inside a checkpoint; does nothing."""
-
-    def __init__(self, *args, **kwargs) -> None: ...
-
-
-def read_state(path: str | Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint whose names begin with ``prefix``, on the CPU.
-
-    Args:
-        path: a .safetensors file, or one that torch wrote; a ``state_dict`` inside is opened.
-        prefix: "" gives all tensors. Others are not read from disk.
-
-    Returns:
-        Name (whole, with its prefix) to tensor.
-
-    Raises:
-        ValueError: the file is damaged, holds no tensors, or holds more than tensors.
-
-    Source: engineering choice.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                return {name: file.get_tensor(name) for name in names}
-        state = _read_torch(path)
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain containers, which could run code: "
-            f"{str(error).splitlines()[0]}; write its state dict alone to a .safetensors file"
-        ) from error
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    return {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, torch.Tensor) and name.startswith(prefix)
-    }
-
-
-def _read_torch(path: Path) -> Mapping:
-    """The state dict in a file of torch, mapped into memory where its format allows."""
-    zipped = zipfile.is_zipfile(path)
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    shells = [(Inert, name) for name in unsafe if name.startswith(INERT_MODULES)]
-    with torch.serialization.safe_globals(shells):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else {}
-    return {str(name): value for name, value in state.items()}
 
 
 def key_groups(path: str | Path) -> Counter:
@@ -106,14 +50,7 @@ def key_groups(path: str | Path) -> Counter:
 @lru_cache(maxsize=8)
 def _key_groups(path: str, size: int, changed_ns: int) -> dict[str, int]:
     """Groups of a file that has not changed since: known prefixes first, else the first word."""
-    if path.endswith(".safetensors"):
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
-    else:
-        names = list(read_state(path))
+    names = tensor_names(path)
     known = tuple(PREFIXES.values())
     groups = [next((p for p in known if n.startswith(p)), n.split(".")[0] + ".") for n in names]
     return dict(Counter(groups))
@@ -166,7 +103,7 @@ def load_single_file(
     # The text encoder has buffers that no file holds.
     with torch.device("cpu" if part == "text_encoder" else "meta"):
         network = build()
-    fill(network, read_state(path, PREFIXES[part]), part, config, f"backbone: {path}")
+    fill(network, read_state(path, PREFIXES[part], "backbone"), part, config, f"backbone: {path}")
     return network
 
 
@@ -175,10 +112,16 @@ def read_tokenizer(place: str | Path, subfolder: str = "") -> CLIPTokenizer:
 
     Raises:
         OSError: there is none.
+        ValueError: it is damaged.
 
     Source: engineering choice.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(place, subfolder=subfolder)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(place, subfolder=subfolder)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise ValueError(f"backbone: the tokenizer in {place} is damaged: {error}") from error
     if tokenizer.vocab_size <= len(set(tokenizer.all_special_tokens)):
         raise OSError(f"no vocabulary in {place}/{subfolder}")
     return tokenizer

@@ -12,6 +12,7 @@ from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
 from diffboost.data.slices import read_store, sha256_of_files, slice_items
 from diffboost.data.transforms import LoadSliced
 from diffboost.generation.backbones import backbone_sha256, load_config
+from diffboost.generation.lineage import read_lineage_document
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.provenance import RUN_FACTS
 from diffboost.generation.sampling import NOISE_ADDRESSES, variant_noise
@@ -41,10 +42,44 @@ def read_generator(generator_dir: str) -> dict:
                 f"generator_dir: {folder} has no {name}; task_finetune's output_dir gets both"
             )
     return {
-        **json.loads((folder / "lineage.json").read_text()),
+        **read_lineage_document(folder / "lineage.json"),
         "model_sha256": sha256_of_files([folder / "model.pt"]),
         "lineage_sha256": sha256_of_files([folder / "lineage.json"]),
     }
+
+
+def refuse_other_backbone(generator: Mapping, generator_dir: str, backbone: str) -> str:
+    """Refuses a backbone that is not, byte for byte, the one that a generator was trained on.
+
+    Args:
+        generator: what ``read_generator`` gives.
+        generator_dir: for the message.
+        backbone: that is to be used with it.
+
+    Returns:
+        The backbone's hash.
+
+    Raises:
+        ValueError: it is another one, or was damaged since.
+
+    Source: engineering choice (design, "lineage"; safetensors have no checksum).
+    """
+    found_sha256 = backbone_sha256(backbone)
+    trained_on = str(generator.get("backbone_sha256"))  # None: a Pix2Pix model
+    if trained_on != found_sha256:
+        raise ValueError(
+            f"generator_dir: the model in {generator_dir} was trained on backbone "
+            f"{generator.get('backbone')!r} ({trained_on[:12]}), "
+            f"not on backbone: {backbone!r} ({found_sha256[:12]})"
+        )
+    return found_sha256
+
+
+def _fact(generator: Mapping, name: str, generator_dir: str) -> object:
+    """What a generator's lineage says under a name; raises ValueError if it does not."""
+    if name not in generator:
+        raise ValueError(f"generator_dir: {generator_dir}: its lineage.json has no '{name}'")
+    return generator[name]
 
 
 def load_generator(generator_dir: str | None, backbone: str) -> ControlledUNet:
@@ -52,7 +87,9 @@ def load_generator(generator_dir: str | None, backbone: str) -> ControlledUNet:
     if generator_dir is None:
         network = ControlledUNet(backbone)
     else:
-        train_base = read_generator(generator_dir)["train_base"]
+        generator = read_generator(generator_dir)
+        refuse_other_backbone(generator, generator_dir, backbone)
+        train_base = _fact(generator, "train_base", generator_dir)
         network = ControlledUNet(backbone, train_base, str(Path(generator_dir) / "model.pt"))
     return network.requires_grad_(False).eval()
 
@@ -87,7 +124,7 @@ def variant_items(
     """
     if ratio < 1:
         raise ValueError(f"ratio: {ratio} is not 1 or more")
-    trained_fold = read_generator(generator_dir)["fold"]
+    trained_fold = _fact(read_generator(generator_dir), "fold", generator_dir)
     if trained_fold is not None and trained_fold != fold:
         raise ValueError(
             f"fold: {fold}, but the generator in {generator_dir} was finetuned on fold "

@@ -12,6 +12,7 @@ import pandas as pd
 from ignite.engine import Engine, Events
 
 from diffboost.data.addresses import ProcessBatches
+from diffboost.data.tables import write_table
 from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.provenance import (
     RUN_FACTS,
@@ -211,7 +212,9 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
             }
         )
     manifest = pd.DataFrame(rows)
-    write_aside(Path(output_dir) / "manifest.parquet", manifest.to_parquet)
+    write_aside(
+        Path(output_dir) / "manifest.parquet", functools.partial(write_table, table=manifest)
+    )
     logger.info("%d variants in %s", len(rows), output_dir)
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from monai.inferers import Inferer
 from monai.transforms import RandomizableTransform
 
+from diffboost.data.manifest import read_manifest
 from diffboost.data.transforms import LoadSliced
 from diffboost.knobs import nearest
 
@@ -68,17 +68,11 @@ def variants_by_slice(
 
     Raises:
         FileNotFoundError: there is no manifest.
-        ValueError: num_variants is not between 1 and the store's ratio.
+        ValueError: num_variants is not between 1 and the store's ratio, or the manifest is damaged.
 
     Source: engineering choice (ablation over the ratio, paper Sec. 5.1)
     """
-    manifest_path = Path(synthetic_dir) / "manifest.parquet"
-    if not manifest_path.is_file():
-        raise FileNotFoundError(
-            f"synthetic_dir: {synthetic_dir} holds no manifest.parquet; "
-            "write a synthetic store with the bundle diffboost_synthesis"
-        )
-    manifest = pd.read_parquet(manifest_path, columns=["image", "case", "slice", "variant", "kept"])
+    manifest = read_manifest(synthetic_dir, ["image", "case", "slice", "variant", "kept"])
     ratio = int(manifest["variant"].max()) + 1
     if num_variants is not None and not 1 <= num_variants <= ratio:
         raise ValueError(f"num_variants: {num_variants}; {synthetic_dir} has 1 to {ratio} a slice")

@@ -1,0 +1,49 @@
+"""The manifest of a synthetic store, read: a row a variant."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from diffboost.data.containment import check_folder, refuse_names
+from diffboost.data.tables import read_table, to_frame
+
+KINDS = {
+    **dict.fromkeys(("image", "case", "source_image", "edge", "label", "lineage_sha256"), "text"),
+    **dict.fromkeys(("slice", "variant"), "whole number"),
+    "kept": "yes or no",
+}
+
+
+def read_manifest(synthetic_dir: str | Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Some columns of a synthetic store's manifest.
+
+    Args:
+        synthetic_dir: the store (images/, manifest.parquet).
+        columns: some of ``KINDS``.
+
+    Returns:
+        A row a variant. ``image`` is relative to the store and stays inside it; ``source_image``,
+        ``edge`` and ``label`` say where a variant came from and are opened by nobody.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: it is damaged, lacks a column, has no row, or names a file outside the store.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    root = Path(synthetic_dir).resolve()
+    path = root / "manifest.parquet"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"synthetic_dir: {synthetic_dir} holds no manifest.parquet; "
+            "write a synthetic store with the bundle diffboost_synthesis"
+        )
+    table = read_table(path, "synthetic_dir", {name: KINDS[name] for name in columns})
+    if not len(table):
+        raise ValueError(f"synthetic_dir: {path} has no row")
+    if "image" in columns:
+        refuse_names(table["image"], f"{path}: image")
+        for folder in {name.rpartition("/")[0] for name in table["image"].to_pylist()}:
+            check_folder(str(root), folder, f"{path}: image")
+    return to_frame(table)

@@ -1,0 +1,178 @@
+"""Tables from outside: parquet and CSV, read within limits, with errors that name file and key."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffboost.data.containment import refuse_special
+from diffboost.data.documents import one_line
+
+LARGEST_TABLE = 1 << 28  # rows; RadImageNet has 1.35 million
+_TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError, OverflowError, MemoryError)
+_KINDS = {
+    "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "whole number": pa.types.is_integer,
+    "number": lambda kind: pa.types.is_integer(kind) or pa.types.is_floating(kind),
+    "yes or no": pa.types.is_boolean,
+    "list": lambda kind: pa.types.is_list(kind) or pa.types.is_large_list(kind),
+}
+
+
+def read_csv(path: str | Path, key: str, columns: Iterable[str] = (), **options) -> pd.DataFrame:
+    """Reads a CSV file.
+
+    Args:
+        path: the file.
+        key: what it is, for messages.
+        columns: that must be there.
+        **options: of ``pandas.read_csv``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no table in UTF-8, or lacks a column.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    refuse_special(path, key)
+    try:
+        table = pd.read_csv(path, **options)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{key}: {path} cannot be read as a CSV table: {one_line(error)}"
+        ) from error
+    _refuse_missing(table.columns, columns, path, key)
+    return table
+
+
+@contextmanager
+def open_table(
+    path: str | Path, key: str, columns: Mapping[str, str], dictionaries: Iterable[str] = ()
+) -> Iterator[pq.ParquetFile]:
+    """A parquet file, checked by its footer; errors while it is read name it.
+
+    Pages are checked against their checksums, which :func:`write_table` writes.
+
+    Args:
+        path: the file.
+        key: what it is, for messages.
+        columns: names that must be there -> kind of their values: "text", "whole number", "number",
+            "yes or no" or "list".
+        dictionaries: columns of few different texts, read as such.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no parquet file, damaged, has more than ``LARGEST_TABLE`` rows, or a
+            column is missing or of another kind.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    refuse_special(path, key)
+    try:
+        with pq.ParquetFile(
+            path, read_dictionary=list(dictionaries), page_checksum_verification=True
+        ) as file:
+            _check_footer(file, columns, path, key)
+            yield file
+    except FileNotFoundError:
+        raise
+    except _TABLE_ERRORS as error:
+        if str(error).startswith(f"{key}: "):
+            raise
+        raise ValueError(f"{key}: {path} cannot be read as a table: {one_line(error)}") from error
+
+
+def _check_footer(
+    file: pq.ParquetFile, columns: Mapping[str, str], path: str | Path, key: str
+) -> None:
+    """Raises ValueError if the footer contradicts itself, or what is needed."""
+    footer = file.metadata
+    if not 0 <= footer.num_rows <= LARGEST_TABLE:
+        raise ValueError(
+            f"{key}: {path} claims {footer.num_rows} rows; at most {LARGEST_TABLE} are allowed"
+        )
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    if sum(group.num_rows for group in groups) != footer.num_rows:
+        raise ValueError(f"{key}: {path} is damaged: its row groups do not add up")
+    schema = file.schema_arrow
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{key}: {path} has two columns of one name")
+    _refuse_missing(schema.names, columns, path, key)
+    for name, kind in columns.items():
+        found = schema.field(name).type
+        found = found.value_type if pa.types.is_dictionary(found) else found
+        if not _KINDS[kind](found):
+            raise ValueError(f"{key}: {path}: column '{name}' holds {found}, no {kind}")
+
+
+def _refuse_missing(
+    found: Iterable[str], columns: Iterable[str], path: str | Path, key: str
+) -> None:
+    missing = [name for name in columns if name not in set(found)]
+    if missing:
+        there = ", ".join(str(name) for name in found)
+        raise ValueError(f"{key}: {path} lacks the columns {', '.join(missing)}; it has {there}")
+
+
+def read_table(
+    path: str | Path, key: str, columns: Mapping[str, str], dictionaries: Iterable[str] = ()
+) -> pa.Table:
+    """Columns of a parquet file; see :func:`open_table`.
+
+    Args:
+        path, key, columns, dictionaries: see :func:`open_table`.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`open_table`; also for a cell that holds nothing.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    with open_table(path, key, columns, dictionaries) as file:
+        table = file.read(columns=list(columns), use_threads=False)
+        refuse_empty_cells(table, path, key)
+        if len(table) != file.metadata.num_rows:
+            raise ValueError(f"{key}: {path} is damaged: rows are missing")
+    return table
+
+
+def to_frame(table: pa.Table, **options) -> pd.DataFrame:
+    """A table as data frame; what pandas once wrote beside the columns is not looked at.
+
+    Args:
+        table: any.
+        **options: of ``pyarrow.Table.to_pandas``.
+
+    Source: engineering choice (pandas' metadata could rename columns, and have no checksum).
+    """
+    return table.replace_schema_metadata().to_pandas(ignore_metadata=True, **options)
+
+
+def refuse_empty_cells(table: pa.Table | pa.RecordBatch, path: str | Path, key: str) -> None:
+    """Raises ValueError for a column with a cell that holds nothing.
+
+    Args:
+        table: some columns.
+        path, key: for the message.
+
+    Source: engineering choice.
+    """
+    for name in table.schema.names:
+        if table.column(name).null_count:
+            raise ValueError(f"{key}: {path}: column '{name}' has cells that hold nothing")
+
+
+def write_table(path: str | Path, table: pa.Table | pd.DataFrame) -> None:
+    """Writes a parquet file whose pages have checksums.
+
+    Args:
+        path: the file.
+        table: a table; a data frame's index is left out.
+
+    Source: engineering choice (damage is found when the file is read).
+    """
+    if isinstance(table, pd.DataFrame):
+        table = pa.Table.from_pandas(table, preserve_index=False)
+    pq.write_table(table, path, write_page_checksum=True)
