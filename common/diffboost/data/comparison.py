@@ -144,7 +144,7 @@ class SliceComparison:
         search = TurnSearch(self.coarse, SEARCH_PX, examples)
         candidates = []
         for case, row in enumerate(tqdm(self.shown, "search", unit="case")):
-            scores, turns = (values.numpy() for values in search.find(row))
+            scores, turns = (values.numpy() for values in search.find(self.coarse[row]))
             upright = scores[list(UPRIGHT)]
             starts = [
                 (way, place)
