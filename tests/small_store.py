@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from diffboost.data.slices import sha256_of_files, write_edge, write_image, write_label
+from diffboost.data.slices import write_edge, write_image, write_label
 from diffboost.data.tasks import read_task
 from diffboost.data.transforms import case_preprocessing
+from diffboost.files import sha256_of_files
 
 LABELS = {"shell": [100], "core": [200]}
 VOLUMES = {"name": "balls", "layout": "decathlon", "labels": LABELS, "slice_axis": "axial"}

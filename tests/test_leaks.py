@@ -19,8 +19,9 @@ from diffboost.audit.leaks import audit_leaks, write_leaks
 from diffboost.data.comparison import in_plane_shape
 from diffboost.data.duplicates import find_duplicates
 from diffboost.data.registration import Likeness, align, invert, texture
-from diffboost.data.slices import read_store, sha256_of_files
+from diffboost.data.slices import read_store
 from diffboost.data.splits import assign_folds, group_cases, select
+from diffboost.files import sha256_of_files
 from diffboost.prepare import prepare
 
 TASK_2D = {"name": "grain", "layout": "pairs", "labels": {"lesion": [1]}}

@@ -7,7 +7,8 @@ import pytest
 import small_backbone
 import small_store
 
-from diffboost.data.slices import read_store, sha256_of_files, slice_items
+from diffboost.data.slices import read_store, slice_items
+from diffboost.files import sha256_of_files
 from diffboost.generation import lineage
 from diffboost.generation.backbones import load_part
 from diffboost.generation.creation import write_backbone

@@ -11,8 +11,9 @@ import raw_data
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from diffboost.data.slices import INDEX_COLUMNS, read_store, sha256_of_files, slice_items
+from diffboost.data.slices import INDEX_COLUMNS, read_store, slice_items
 from diffboost.data.transforms import LoadSliced
+from diffboost.files import sha256_of_files
 from diffboost.prepare import prepare
 
 BUNDLES = Path(__file__).parents[1] / "bundles"

@@ -25,7 +25,7 @@ from diffboost import store_folders, store_writer
 from diffboost.audit.table1 import MethodBatches, image_paths
 from diffboost.conditions.edges import load_edge_detector
 from diffboost.data import phantoms
-from diffboost.data.slices import sha256_of_files
+from diffboost.files import sha256_of_files
 from diffboost.generation import cache
 from diffboost.generation.cache import Jitterd, build_cache
 from diffboost.generation.creation import train_tokenizer

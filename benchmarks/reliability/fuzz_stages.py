@@ -23,13 +23,14 @@ from diffboost.audit.checks import variant_leaks
 from diffboost.data.downloads import decathlon_folder
 from diffboost.data.images import read_image
 from diffboost.data.loading import CaseDataset, TreeBatches
-from diffboost.data.slices import case_items, read_store, sha256_of_files, slice_items, write_image
+from diffboost.data.slices import case_items, read_store, slice_items, write_image
 from diffboost.data.sources import read_source
 from diffboost.data.tables import write_table
 from diffboost.data.tasks import read_task
 from diffboost.data.transforms import LoadSliced
 from diffboost.data.tree import PngChecks, scan_tree
 from diffboost.experiments import read_experiment
+from diffboost.files import sha256_of_files
 from diffboost.generation import lineage as lineages
 from diffboost.generation.cache import CachedItems
 from diffboost.prepare import prepare

@@ -11,8 +11,9 @@ from PIL import Image
 from plants import Plant
 
 from diffboost.data.addresses import address_seed
-from diffboost.data.slices import read_store, sha256_of_files
+from diffboost.data.slices import read_store
 from diffboost.data.splits import assign_folds
+from diffboost.files import sha256_of_files
 from diffboost.generation.lineage import write_lineage
 
 

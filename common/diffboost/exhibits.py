@@ -12,7 +12,7 @@ from monai.bundle import ConfigParser
 from diffboost import plans, results, statistics
 from diffboost.data.slices import read_store
 from diffboost.figures import BASELINE_COLOR, STYLE, arm_colors
-from diffboost.handlers import write_aside
+from diffboost.files import write_aside
 from diffboost.pictures import merge_picture
 from diffboost.stages import stage_configs
 

@@ -15,12 +15,6 @@ from torch import nn
 from diffboost.checkpoints import announce
 from diffboost.files import save_tensors, write_aside
 from diffboost.processes import is_main_process, process_rank_and_count, sum_over_processes
-from diffboost.runs import (  # noqa: F401
-    MoveIntoPlace,
-    move_into_place,
-    refuse_other_run,
-    resume_run,
-)
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,6 @@ from diffboost.data.slices import (
     INDEX_COLUMNS,
     STORE_VERSION,
     read_store,
-    sha256_of_files,
     write_edge,
     write_image,
     write_label,
@@ -29,6 +28,7 @@ from diffboost.data.slices import (
 from diffboost.data.sources import Case, Source
 from diffboost.data.splits import assign_folds, group_cases
 from diffboost.data.tables import write_table
+from diffboost.files import sha256_of_files
 from diffboost.records import DoneCases, state_of
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from diffboost.data.slices import INDEX_COLUMNS, write_edge
 from diffboost.data.sources import unique_names
 from diffboost.data.tables import open_table, read_csv, read_table
 from diffboost.data.tree import PngChecks, scan_tree
-from diffboost.handlers import write_aside
+from diffboost.files import write_aside
 from diffboost.processes import process_rank_and_count
 from diffboost.store_writer import EDGE_BATCH, FOLDERS, check_rejected, finish_store
 

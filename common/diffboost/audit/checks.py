@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from diffboost.data.documents import read_json
 from diffboost.data.manifest import read_manifest
-from diffboost.data.slices import sha256_of_files
+from diffboost.files import sha256_of_files
 from diffboost.generation.lineage import read_lineage
 
 # What is refused, by its short name.

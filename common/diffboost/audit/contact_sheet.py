@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffboost.data.transforms import LoadSliced
+from diffboost.files import write_aside
 from diffboost.generation.variant_store import variant_file
-from diffboost.handlers import is_main_process, write_aside
+from diffboost.processes import is_main_process
 
 
 def draw_contact_sheet(

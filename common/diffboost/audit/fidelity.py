@@ -13,8 +13,9 @@ from diffboost.conditions.edges import load_edge_detector
 from diffboost.data.addresses import address_seed
 from diffboost.data.slices import read_store
 from diffboost.data.transforms import LoadSliced
+from diffboost.files import write_aside
 from diffboost.generation.variant_store import variant_file
-from diffboost.handlers import is_main_process, write_aside
+from diffboost.processes import is_main_process
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from monai.metrics.regression import RegressionMetric
 from tqdm import tqdm
 
 from diffboost.data.transforms import LoadSliced
-from diffboost.handlers import write_aside
+from diffboost.files import write_aside
 
 METRICS = ("MAE", "MSE", "RMSE", "SSIM", "MS-SSIM")
 WINDOW_PX = 11

@@ -25,10 +25,10 @@ from diffboost.data.containment import inside, refuse_special
 from diffboost.data.duplicates import PAIR_COLUMNS, find_duplicates, is_too_large
 from diffboost.data.images import read_image
 from diffboost.data.manifest import read_manifest
-from diffboost.data.slices import SliceStore, read_store, sha256_of_files
+from diffboost.data.slices import SliceStore, read_store
 from diffboost.data.splits import group_cases, select
+from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.lineage import read_lineage
-from diffboost.handlers import write_aside
 
 logger = logging.getLogger(__name__)
 

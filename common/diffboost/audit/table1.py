@@ -19,10 +19,10 @@ from diffboost.audit.image_quality import (
     scale_weights,
 )
 from diffboost.data.addresses import ProcessBatches, address_seed
-from diffboost.data.slices import read_store, sha256_of_files, slice_items, write_image
+from diffboost.data.slices import read_store, slice_items, write_image
 from diffboost.data.tables import read_csv
 from diffboost.data.transforms import LoadSliced
-from diffboost.files import write_aside
+from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.backbones import backbone_sha256, has_part, resolve_backbone
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.pix2pix import load_translator

@@ -35,6 +35,7 @@ class Candidates:
         self, textures: Tensor, root_px: int, shown: Sequence[int], starts: Sequence[int]
     ) -> None:
         examples = shown[:: -(-len(shown) // NUM_EXAMPLES)]
+        self.textures = textures
         self.turns = TurnSearch(textures, root_px, examples)
         self.shown, self.starts = shown, np.asarray(starts)
         self.ends = np.r_[self.starts[1:], len(textures)]
@@ -52,7 +53,7 @@ class Candidates:
         found: list[tuple] = []
         drawn: list[tuple] = []
         for case, row in enumerate(tqdm(self.shown, "search", unit="case")):
-            scores, turns = (values.numpy() for values in self.turns.find(row))
+            scores, turns = (values.numpy() for values in self.turns.find(self.textures[row]))
             upright = scores[list(UPRIGHT)]
             starts = self._two_starts(scores, self._best_cases(scores, case, NUM_TURNED))
             for other in self._best_cases(upright, case, NUM_UPRIGHT):

@@ -11,10 +11,10 @@ from monai.data import MetaTensor
 from torch.utils.data import Dataset
 
 from diffboost.data.images import read_image
-from diffboost.data.slices import sha256_of_files
 from diffboost.data.sources import IMAGE_SUFFIXES, Case
 from diffboost.data.transforms import LoadSliced, case_preprocessing, intensity_step
 from diffboost.data.volumes import check_volume
+from diffboost.files import sha256_of_files
 
 BAD_FILE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, MemoryError)
 

@@ -18,7 +18,6 @@ from diffboost.data.items import FILE_COLUMNS, INDEX_KINDS, SliceItems
 from diffboost.data.pseudonyms import read_sources
 from diffboost.data.splits import needs_names, select
 from diffboost.data.tables import open_table, read_table, refuse_empty_cells, to_frame
-from diffboost.files import sha256_of_files  # noqa: F401
 
 STORE_VERSION = 3
 INDEX_COLUMNS = (

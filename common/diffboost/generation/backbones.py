@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffboost.data.documents import read_json
-from diffboost.data.slices import sha256_of_files
+from diffboost.files import sha256_of_files
 from diffboost.generation.single_file import (
     SUFFIXES,
     load_single_file,

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from diffboost.data.addresses import address_seed
 from diffboost.data.items import SliceItems
-from diffboost.data.slices import sha256_of_files
 from diffboost.data.transforms import LoadSliced
+from diffboost.files import sha256_of_files
 from diffboost.generation.array_files import (
     DONE,
     ArrayFile,

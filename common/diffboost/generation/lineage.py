@@ -15,9 +15,8 @@ import pyarrow as pa
 from diffboost.data.containment import inside
 from diffboost.data.documents import DIGEST, check_digest, digest_of, read_json
 from diffboost.data.items import SliceItems
-from diffboost.data.slices import sha256_of_files
 from diffboost.data.tables import read_table, write_table
-from diffboost.handlers import write_aside
+from diffboost.files import sha256_of_files, write_aside
 from diffboost.processes import is_main_process, wait_for_processes
 
 LARGEST_INLINE = 20_000  # cases; a lineage.json of a million would take minutes to open

@@ -9,8 +9,9 @@ from monai.engines import PrepareBatch
 from monai.transforms import Transform
 
 from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
-from diffboost.data.slices import read_store, sha256_of_files, slice_items
+from diffboost.data.slices import read_store, slice_items
 from diffboost.data.transforms import LoadSliced
+from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256, load_config
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.generation.networks import ControlledUNet
