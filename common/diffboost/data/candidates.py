@@ -36,7 +36,7 @@ class Candidates:
     ) -> None:
         examples = shown[:: -(-len(shown) // NUM_EXAMPLES)]
         self.turns = TurnSearch(textures, root_px, examples)
-        self.shown, self.starts = shown, np.asarray(starts)
+        self.textures, self.shown, self.starts = textures, shown, np.asarray(starts)
         self.ends = np.r_[self.starts[1:], len(textures)]
 
     def search(self) -> tuple[list[tuple[int, int, Tensor]], list[tuple[int, int, Tensor]]]:
@@ -52,7 +52,7 @@ class Candidates:
         found: list[tuple] = []
         drawn: list[tuple] = []
         for case, row in enumerate(tqdm(self.shown, "search", unit="case")):
-            scores, turns = (values.numpy() for values in self.turns.find(row))
+            scores, turns = (values.numpy() for values in self.turns.find(self.textures[row]))
             upright = scores[list(UPRIGHT)]
             starts = self._two_starts(scores, self._best_cases(scores, case, NUM_TURNED))
             for other in self._best_cases(upright, case, NUM_UPRIGHT):

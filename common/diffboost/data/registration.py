@@ -70,15 +70,15 @@ def _unit(values: Tensor) -> Tensor:
     return values / values.norm(dim=-1, keepdim=True).clamp_min(1e-6)
 
 
-def _turns() -> Tensor:
+def _turned_maps(turns: Sequence[int], scales: Sequence[float], shifts: Sequence[float]) -> Tensor:
     """All maps of the search, (T, 2, 3): mirrored or not, turned, scaled, shifted."""
     maps = []
     for mirror in (1, -1):
-        for degrees in TURNS:
+        for degrees in turns:
             cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
             turn = torch.tensor([[mirror * cos, -sin], [mirror * sin, cos]])
-            for scale in SCALES:
-                for shift in ((x, y) for x in SHIFTS for y in SHIFTS):
+            for scale in scales:
+                for shift in ((x, y) for x in shifts for y in shifts):
                     maps.append(torch.cat([scale * turn, torch.tensor(shift)[:, None]], dim=1))
     return torch.stack(maps)
 
@@ -93,40 +93,51 @@ class TurnSearch:
         textures: float (N, 2, P, P), see :func:`texture`.
         root_px: root of the area, pixels.
         examples: slices from which the components of discs are learned.
+        turns: degrees; each also of the mirrored slice.
+        scales: of a turned slice's details.
+        shifts: along both axes, in roots of the area.
 
     Source: engineering choice; principal components of patches, whitened.
     """
 
-    def __init__(self, textures: Tensor, root_px: int, examples: Sequence[int]) -> None:
-        self.textures, self.root_px = textures, root_px
+    def __init__(
+        self,
+        textures: Tensor,
+        root_px: int,
+        examples: Sequence[int],
+        turns: Sequence[int] = TURNS,
+        scales: Sequence[float] = SCALES,
+        shifts: Sequence[float] = SHIFTS,
+    ) -> None:
+        self.root_px, self.num_ways = root_px, 2 * len(turns)
         count = round(root_px * DISC)
         line = (torch.arange(count) - (count - 1) / 2) / root_px
         y, x = torch.meshgrid(line, line, indexing="ij")
         inside = x**2 + y**2 <= (DISC / 2) ** 2
         disc = torch.stack([x[inside], y[inside], torch.ones(int(inside.sum()))])
-        self.maps = _turns()
+        self.maps = _turned_maps(turns, scales, shifts)
         self.points = (self.maps @ disc).movedim(1, 0)  # (2, T, D)
-        turned = torch.cat([self._turned(number)[::EVERY] for number in examples])
+        turned = torch.cat([self._turned(textures[number])[::EVERY] for number in examples])
         spread, axes = torch.linalg.eigh(turned.T @ turned)  # ascending
         spread, axes = spread[-NUM_COMPONENTS:], axes[:, -NUM_COMPONENTS:]
         self.components = axes / (spread.clamp_min(0) + 1e-3 * spread[-1] + 1e-6).sqrt()
         discs = _sample(textures[:, :1], disc[:2].expand(len(textures), -1, -1), root_px)
         self.discs = self._project(_unit(discs[:, 0]))
 
-    def _turned(self, number: int) -> Tensor:
-        """The discs that all maps cut out of a slice, (T, D)."""
-        texture_, points = self.textures[number : number + 1, :1], self.points.flatten(1)
-        return _unit(_sample(texture_, points[None], self.root_px).view(self.points.shape[1:]))
+    def _turned(self, slice_: Tensor) -> Tensor:
+        """The discs that all maps cut out of a slice's texture, (T, D)."""
+        values = _sample(slice_[None, :1], self.points.flatten(1)[None], self.root_px)
+        return _unit(values.view(self.points.shape[1:]))
 
     def _project(self, discs: Tensor) -> Tensor:
         values = discs @ self.components
         return values / values.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
-    def find(self, number: int) -> tuple[Tensor, Tensor]:
+    def find(self, slice_: Tensor) -> tuple[Tensor, Tensor]:
         """How well every slice correlates with this one, for each way of turning it.
 
         Args:
-            number: the slice to turn.
+            slice_: float (2, P, P), texture of the slice to turn; it need not be one of the store.
 
         Returns:
             (W, N) the best correlations over scales and shifts, for W angles and mirrorings, and
@@ -134,8 +145,8 @@ class TurnSearch:
 
         Source: engineering choice.
         """
-        scores = self._project(self._turned(number)) @ self.discs.T
-        ways = scores.view(2 * len(TURNS), -1, scores.shape[1])
+        scores = self._project(self._turned(slice_)) @ self.discs.T
+        ways = scores.view(self.num_ways, -1, scores.shape[1])
         best, rows = ways.max(dim=1)
         return best, rows + ways.shape[1] * torch.arange(len(ways))[:, None]
 
