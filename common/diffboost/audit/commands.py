@@ -114,4 +114,59 @@ def quality(
         raise SystemExit(str(error)) from None
 
 
-AUDITS = {"leaks": leaks, "provenance": provenance, "quality": quality}
+def memorization(
+    synthetic_dir: str,
+    store_dir: str,
+    generator_dir: str | None = None,
+    output_dir: str | None = None,
+    num_variants: int | None = None,
+    num_held_out: int = 150,
+    num_planted: int = 60,
+    seed: int = 0,
+    device: str | None = None,
+) -> None:
+    """Audits what variants give away of training images; exits with 1 at copies of other patients.
+
+    Writes memorization.json, memorization.csv and memorization.png, and held_out/ with variants of
+    slices that the generator has not seen, which nothing may be trained on.
+
+    Args:
+        synthetic_dir: the synthetic store.
+        store_dir: the slice store that it was made from.
+        generator_dir: the generator that made it; left out: no membership gap is measured.
+        output_dir: for the files; left out: memorization/ in the synthetic store.
+        num_variants: look at so many, evenly spread; all if left out.
+        num_held_out: held-out slices of each part of the split, a variant each.
+        num_planted: planted copies by which the recall is measured.
+        seed: draws the planted copies.
+        device: for the generator; the first GPU, else the processor, if left out.
+    """
+    import torch  # takes seconds
+
+    from diffboost.audit.memorization import measure_memorization
+    from diffboost.audit.memorization_report import judge_memorization, write_memorization
+
+    output_dir = output_dir or f"{synthetic_dir}/memorization"
+    device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    sizes = (num_variants, num_held_out, num_planted, seed)
+    try:
+        audit = measure_memorization(
+            synthetic_dir, store_dir, generator_dir, output_dir, *sizes, device
+        )
+        figures = judge_memorization(audit)
+        write_memorization(audit, figures, synthetic_dir, output_dir)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    for note in figures["notes"]:
+        logger.warning("note: %s", note)
+    logger.info("%s: %s", synthetic_dir, figures["verdict"])
+    if figures["copies"]["found"]:
+        raise SystemExit(1)
+
+
+AUDITS = {
+    "leaks": leaks,
+    "memorization": memorization,
+    "provenance": provenance,
+    "quality": quality,
+}
