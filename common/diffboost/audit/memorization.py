@@ -242,7 +242,7 @@ def membership_gap(training: pd.Series, held_out: pd.Series, seed: int = 0) -> d
         seed: of the resampling.
 
     Returns:
-        gap: difference of the means; ci95: percentile bootstrap over cases, [low, high], NaN below
+        gap: difference of the means; ci95: percentile bootstrap over cases, [low, high], None below
         two cases on a side; auc: chance that a training case's value is the higher one; the means
         and numbers of cases.
 
@@ -253,7 +253,7 @@ def membership_gap(training: pd.Series, held_out: pd.Series, seed: int = 0) -> d
         "training": float(np.mean(sides[0])),
         "held_out": float(np.mean(sides[1])),
         "gap": float(np.mean(sides[0]) - np.mean(sides[1])),
-        "ci95": [float("nan")] * 2,
+        "ci95": None,
         "auc": float(stats.mannwhitneyu(*sides).statistic / (len(sides[0]) * len(sides[1]))),
         "cases": [len(side) for side in sides],
     }

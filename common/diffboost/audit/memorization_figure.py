@@ -52,7 +52,7 @@ def draw_memorization(audit: Audit, figures: Mapping, synthetic_dir: Path) -> Fi
         _draw_pair(grid[number // 2, 3 * (number % 2) :][:3], audit, place, synthetic_dir, False)
     for number, place in enumerate(own):
         _draw_pair(grid[lines - 1, 3 * number :][:3], audit, place, synthetic_dir, True)
-    figure.suptitle(figures["verdict"], fontsize=9, wrap=True)
+    figure.suptitle(figures["verdict"].replace("; ", "\n"), fontsize=9)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -152,14 +151,15 @@ def _verdict(figures: Mapping) -> str:
         found = f"no copy of another patient in {figures['variants']} variants"
     if not gap:
         return f"{found}; membership gap not measured"
-    low, high = gap["likeness"]["ci95"]
-    number = f"{gap['likeness']['gap']:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-    if math.isnan(low):
+    interval = gap["likeness"]["ci95"]
+    number = f"{gap['likeness']['gap']:+.3f}"
+    if interval is None:
         told = f"membership gap {number}: too few cases to judge"
-    elif low > 0:
-        told = f"membership gap shown ({number}): the generator knows its training images"
     else:
+        number += f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
         told = f"no membership gap shown ({number})"
+        if interval[0] > 0:
+            told = f"membership gap shown ({number}): the generator knows its training images"
     own = figures["own_source"]
     share = own["beyond_edges"] / figures["variants"]
     return (
