@@ -13,9 +13,9 @@ from PIL import Image
 from scipy import ndimage, stats
 
 from diffboost.audit.commands import memorization
-from diffboost.audit.copies import CopySearch
+from diffboost.audit.copies import CopySearch, in_place
 from diffboost.audit.held_out import REASON
-from diffboost.audit.memorization import membership_gap, tail_threshold
+from diffboost.audit.memorization import membership_gap, own_threshold, tail_threshold
 from diffboost.audit.memorization_figure import lay_onto
 from diffboost.audit.planting import KINDS, draw_kinds, plant_copy
 from diffboost.data.slices import read_store, slice_items, write_image
@@ -112,7 +112,7 @@ def test_a_copy_is_laid_onto_its_original():
     match = search.nearest(images[1].flip(2))
     laid = lay_onto(images[1].flip(2), match.map)
     assert (laid - images[1])[:, 2:-2, 2:-2].abs().mean() < 0.05
-    torch.testing.assert_close(search.in_place(images, images), torch.ones(3))
+    torch.testing.assert_close(in_place(images, images), torch.ones(3))
 
 
 def test_images_of_a_group_must_stand_together():
@@ -135,6 +135,11 @@ def test_threshold_is_the_tail_of_a_gumbel_law():
     values = stats.gumbel_r.rvs(0.3, 0.05, size=5000, random_state=0)
     assert tail_threshold(values, 0.01) == pytest.approx(0.3 + 0.05 * 4.600, abs=0.01)
     assert tail_threshold(values, 0.001) > tail_threshold(values, 0.01)
+
+
+def test_threshold_of_own_sources_is_the_tail_of_a_normal_law_of_z():
+    values = np.tanh(stats.norm.rvs(0.4, 0.1, size=5000, random_state=0))
+    assert own_threshold(values, 0.01) == pytest.approx(np.tanh(0.4 + 0.1 * 2.326), abs=0.01)
 
 
 def test_membership_gap_by_hand():

@@ -100,13 +100,6 @@ class CopySearch:
         best = int(likeness.argmax())
         return Match(rows[best], float(likeness[best]), maps[best])
 
-    def in_place(self, images: Tensor, others: Tensor) -> Tensor:
-        """Likeness (B,) of images (B, 1, S, S) to others of the same shape, as they lie."""
-        with torch.inference_mode():
-            first, second = _textures(images)[1], _textures(others)[1]
-            maps = torch.eye(2, 3).expand(len(first), -1, -1)
-            return self.likeness.measure(first, second, maps)[1]
-
     def _measure(self, fixed: Tensor, moving: Tensor, maps: Tensor) -> Tensor:
         """Likeness of aligned pairs; what is common lies right in one of the two only."""
         _, one, overlap = self.likeness.measure(fixed, moving, maps)
@@ -145,6 +138,20 @@ class CopySearch:
         last = len(self.cases) - 1
         near = (n for n in (row - 1, row, row + 1) if 0 <= n <= last)
         return [(n, map_) for n in near if self.cases[n] == self.cases[row]]
+
+
+def in_place(images: Tensor, others: Tensor) -> Tensor:
+    """Correlation (B,) of the textures of images (B, 1, S, S) and of others, as they lie.
+
+    Nothing common is taken out: learned from training images, it would make these less like their
+    variants than held-out ones.
+
+    Source: engineering choice.
+    """
+    with torch.inference_mode():
+        first, second = _textures(images)[1], _textures(others)[1]
+        maps = torch.eye(2, 3).expand(len(first), -1, -1)
+        return Likeness(first[:1], 0, MEASURE_PX).measure(first, second, maps)[0]
 
 
 def _textures(images: Tensor) -> tuple[Tensor, Tensor]:

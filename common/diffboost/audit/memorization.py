@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
-from diffboost.audit.copies import CopySearch, Match
+from diffboost.audit.copies import CopySearch, Match, in_place
 from diffboost.audit.held_out import held_out_items, synthesize_held_out
 from diffboost.audit.image_quality import image_quality
 from diffboost.audit.planting import draw_kinds, plant_copy
@@ -182,7 +182,7 @@ def _measure(
     table, matches = _look_up(search, images, rows.group.tolist(), shown)
     columns = manifest[["image", "case", "slice", "variant"]].reset_index(drop=True)
     table["source_likeness"] = torch.cat(
-        [search.in_place(*parts) for parts in zip(images.split(64), sources.split(64), strict=True)]
+        [in_place(*parts) for parts in zip(images.split(64), sources.split(64), strict=True)]
     ).numpy()
     table["source_ssim"] = image_quality(images, sources)["SSIM"]
     return columns.join(table), matches
@@ -231,6 +231,21 @@ def tail_threshold(values: Sequence[float], rate: float) -> float:
         threshold is on the safe side.
     """
     return float(stats.gumbel_r.isf(rate, *stats.gumbel_r.fit(np.asarray(values))))
+
+
+def own_threshold(values: Sequence[float], rate: float) -> float:
+    """What one more likeness to an own source exceeds with a chance ``rate``: normal law of z.
+
+    Args:
+        values: correlations in [-1, 1] of held-out variants with their sources, two or more; the
+            fewer there are, the higher is the threshold.
+        rate: in (0, 1).
+
+    Source: Fisher 1915 (z); Student's prediction interval.
+    """
+    z = np.arctanh(np.clip(np.asarray(values, dtype=float), -0.999, 0.999))
+    spread = z.std(ddof=1) * np.sqrt(1 + 1 / len(z))
+    return float(np.tanh(z.mean() + stats.t.isf(rate, len(z) - 1) * spread))
 
 
 def membership_gap(training: pd.Series, held_out: pd.Series, seed: int = 0) -> dict:

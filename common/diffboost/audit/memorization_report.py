@@ -14,6 +14,7 @@ from diffboost.audit.memorization import (
     OWN_FALSE_ALARMS,
     Audit,
     membership_gap,
+    own_threshold,
     tail_threshold,
 )
 from diffboost.audit.memorization_figure import draw_memorization
@@ -110,11 +111,11 @@ def _membership(audit: Audit) -> dict:
 
 def _own_source(audit: Audit) -> dict:
     """Variants that are more like their source than held-out ones are like theirs."""
-    if audit.held_out.empty:
+    reference = _reference(audit.held_out, audit.own_test_set).source_likeness
+    if len(reference) < 2:
         audit.variants["own_copy"] = None
         return {}
-    reference = _reference(audit.held_out, audit.own_test_set).source_likeness
-    threshold = tail_threshold(reference, OWN_FALSE_ALARMS)
+    threshold = own_threshold(reference, OWN_FALSE_ALARMS)
     audit.variants["own_copy"] = audit.variants.source_likeness >= threshold
     return {
         "beyond_edges": int(audit.variants.own_copy.sum()),
@@ -161,6 +162,8 @@ def _verdict(figures: Mapping) -> str:
         if interval[0] > 0:
             told = f"membership gap shown ({number}): the generator knows its training images"
     own = figures["own_source"]
+    if not own:
+        return f"{found}; {told}; copies of the own source not measured"
     share = own["beyond_edges"] / figures["variants"]
     return (
         f"{found}; {told}; {share:.1%} of the variants are more like their source than "
