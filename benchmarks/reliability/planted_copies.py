@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=360, help="over all data sets")
     parser.add_argument("--honest", type=int, default=360, help="over all data sets")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--scratch", type=Path, help="for folders that are removed at the end")
+    parser.add_argument("--stores", type=Path, help="keeps the prepared stores for another run")
     parser.add_argument("--seed", type=int, default=0)
     for name in ("synthetic_dir", "store_dir", "generator_dir", "output_dir"):
         parser.add_argument(f"--{name}", type=Path, nargs="*", default=[], help="of studies")
@@ -152,12 +152,14 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     sides = (options.synthetic_dir, options.store_dir, options.generator_dir, options.output_dir)
     studies = [audit_study(folders) for folders in zip(*sides, strict=True)]
-    scratch = Path(tempfile.mkdtemp(dir=options.scratch, prefix="planted_copies_"))
+    scratch = Path(tempfile.mkdtemp(prefix="planted_copies_"))
     sets = {}
     try:
         for name, (task, knobs) in SETS.items():
             source = "phantoms" if name == "phantoms" else options.data.resolve() / name
-            store = prepare(source, scratch / name, task, SIZE, "gradient", num_folds=3, **knobs)
+            store = (options.stores or scratch) / name
+            if not (store / "index.parquet").is_file():
+                prepare(source, store, task, SIZE, "gradient", num_folds=3, **knobs)
             counts = (options.copies // len(SETS), options.honest // len(SETS))
             sets[name] = run_set(name, store, *counts, options.seed)
             logger.warning("%s: %s", name, sets[name])
