@@ -37,7 +37,7 @@ class Candidates:
         examples = shown[:: -(-len(shown) // NUM_EXAMPLES)]
         self.textures = textures
         self.turns = TurnSearch(textures, root_px, examples)
-        self.shown, self.starts = shown, np.asarray(starts)
+        self.textures, self.shown, self.starts = textures, shown, np.asarray(starts)
         self.ends = np.r_[self.starts[1:], len(textures)]
 
     def search(self) -> tuple[list[tuple[int, int, Tensor]], list[tuple[int, int, Tensor]]]:
