@@ -35,7 +35,6 @@ class Candidates:
         self, textures: Tensor, root_px: int, shown: Sequence[int], starts: Sequence[int]
     ) -> None:
         examples = shown[:: -(-len(shown) // NUM_EXAMPLES)]
-        self.textures = textures
         self.turns = TurnSearch(textures, root_px, examples)
         self.textures, self.shown, self.starts = textures, shown, np.asarray(starts)
         self.ends = np.r_[self.starts[1:], len(textures)]
