@@ -5,7 +5,6 @@ files. Two are kept. What a sample or a step draws has an address (``data.addres
 position and the states of the generators stand for all draws to come.
 """
 
-import json
 import logging
 import os
 import random
@@ -20,6 +19,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator, Trainer
 
+from diffboost.data.documents import read_json
 from diffboost.files import flush, flush_folder, save_tensors, sha256_of_files, write_json
 from diffboost.processes import (
     gather_objects,
@@ -284,7 +284,7 @@ def read_newest(folder: Path) -> dict | None:
     wait_for_processes()
     for path in _finished(folder):
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(path / MANIFEST, "checkpoint")
             if manifest["sha256"] != {STATE: sha256_of_files([path / STATE])}:
                 raise ValueError("its hash is not the manifest's")
         except (OSError, ValueError, KeyError, TypeError) as error:

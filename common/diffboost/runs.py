@@ -21,6 +21,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Trainer
 
 from diffboost.checkpoints import Checkpoints
+from diffboost.data.documents import read_json
 from diffboost.files import flush, flush_folder, sha256_of_files, write_json
 from diffboost.processes import is_main_process, wait_for_processes
 
@@ -121,7 +122,7 @@ def refuse_other_run(output_dir: str | Path, settings: Mapping) -> None:
     record = Path(output_dir) / RECORD
     if not record.is_file():
         return
-    found = json.loads(record.read_text(encoding="utf-8"))
+    found = read_json(record, "output_dir")
     names = ", ".join(
         f"{key} {found.get(key)!r} instead of {value!r}"
         for key, value in json.loads(json.dumps(dict(settings), default=str)).items()
@@ -188,7 +189,7 @@ def move_into_place(partial_dir: str | Path, output_dir: str | Path, settings: M
 def _move(partial_dir: Path) -> None:
     """Empties a finished partial folder into the folder that it names."""
     marker = partial_dir / FINISHED
-    output_dir = Path(json.loads(marker.read_text(encoding="utf-8"))["output_dir"])
+    output_dir = Path(read_json(marker, "partial_dir")["output_dir"])
     output_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial_dir / CHECKPOINTS, ignore_errors=True)
     names = sorted(path.name for path in partial_dir.iterdir())
@@ -261,7 +262,7 @@ def run_to_end(
     """
     wanted = json.loads(json.dumps(dict(settings), default=str))
     record = Path(output_dir) / RECORD
-    done = record.is_file() and json.loads(record.read_text(encoding="utf-8")) == wanted
+    done = record.is_file() and read_json(record, "output_dir") == wanted
     wait_for_processes()  # all have looked
     if done and not (Path(partial_dir) / CHECKPOINTS).is_dir():
         logger.info("%s: this run is in place already; remove it to train again", output_dir)

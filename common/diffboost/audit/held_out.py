@@ -4,6 +4,7 @@ They are made by the parts that synthesis uses, with the sampler that a syntheti
 marked: nothing may be trained on them.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ from monai.engines import SupervisedEvaluator
 
 from diffboost.audit.checks import lineage_leaks
 from diffboost.conditions.prompts import augmentation_phrase
+from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import SliceStore, slice_items
+from diffboost.data.tables import write_table
 from diffboost.files import write_aside
 from diffboost.generation.lineage import copy_lineage
 from diffboost.generation.sampling import VariantInferer
@@ -135,10 +138,10 @@ def synthesize_held_out(
         _run(items, facts, generator_dir, partial, image_size, device)
         copy_lineage(generator_dir, partial)
         write_manifest(str(partial), items, facts)
-        marked = pd.read_parquet(partial / "manifest.parquet").assign(kept=False, reason=REASON)
-        write_aside(partial / "manifest.parquet", marked.to_parquet)
+        marked = read_manifest(partial).assign(kept=False, reason=REASON)
+        write_aside(partial / "manifest.parquet", functools.partial(write_table, table=marked))
         move_into_place(partial, output_dir, settings)
-    return pd.read_parquet(output_dir / "manifest.parquet")
+    return read_manifest(output_dir)
 
 
 def _run(

@@ -23,6 +23,7 @@ from diffboost.audit.held_out import held_out_items, synthesize_held_out
 from diffboost.audit.image_quality import image_quality
 from diffboost.audit.planting import draw_kinds, plant_copy
 from diffboost.data.addresses import address_seed
+from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import SliceStore, read_store
 from diffboost.data.transforms import LoadSliced
 from diffboost.generation.lineage import read_lineage
@@ -84,7 +85,7 @@ def measure_memorization(
     Source: engineering choice (issue 5, "Memorization audit").
     """
     folder, store = Path(synthetic_dir), read_store(store_dir)
-    manifest = pd.read_parquet(folder / "manifest.parquet")
+    manifest = read_manifest(folder)
     lineage = read_lineage(folder / "lineage.json")
     size = LoadSliced("synthetic")({"synthetic": folder / manifest.image[0]})["synthetic"].shape[-1]
     training = _training_rows(store, lineage)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store
 from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256
@@ -91,7 +92,7 @@ def _manifest_of(path: Path) -> pd.DataFrame | None:
     file = folder / "manifest.parquet"
     if not file.is_file():
         return None
-    manifest = pd.read_parquet(file)
+    manifest = read_manifest(folder)
     return manifest.set_index(
         pd.Index([str((folder / image).absolute()) for image in manifest.image])
     )

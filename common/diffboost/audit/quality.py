@@ -1,5 +1,6 @@
 """The quality filter: every variant gets scores, and is kept or rejected with a reason."""
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,9 @@ from diffboost.audit.guards import guard_segmenter
 from diffboost.audit.quality_calibration import calibrate_judges, load_instruments
 from diffboost.audit.quality_scores import EMPTY_FAMILIES, FAMILIES
 from diffboost.audit.quality_sheet import draw_judged
+from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store, slice_items
+from diffboost.data.tables import write_table
 from diffboost.files import sha256_of_files, write_aside, write_json
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.segmentation.loading import read_record
@@ -104,7 +107,7 @@ def filter_variants(
             batch_size=batch_size,
             device=device,
         )
-        write_aside(folder / "manifest.parquet", judged.to_parquet)
+        write_aside(folder / "manifest.parquet", functools.partial(write_table, table=judged))
         _write_record(folder, record)
         draw_judged(judged, items, folder / "rejected.png")
     wait_for_processes()
@@ -155,7 +158,7 @@ def audit_quality(
         num_calibrated=num_calibrated,
         seed=seed,
     )
-    write_aside(output / "quality.parquet", judged.to_parquet)
+    write_aside(output / "quality.parquet", functools.partial(write_table, table=judged))
     _write_record(output, record)
     draw_judged(judged, items, output / "rejected.png")
     return record
@@ -200,7 +203,7 @@ def judge_variants(
     judges = calibrate_judges(
         parts["inner_validation"], instruments, max_lost, num_calibrated, seed
     )
-    manifest = pd.read_parquet(Path(synthetic_dir) / "manifest.parquet")
+    manifest = read_manifest(synthetic_dir)
     manifest = manifest.drop(columns=list(COLUMNS), errors="ignore").reset_index(drop=True)
     items = items_of(manifest, synthetic_dir, parts["training"])
     scores = pd.DataFrame(instruments.score_items(items), index=manifest.index)

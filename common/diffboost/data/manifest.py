@@ -10,17 +10,19 @@ from diffboost.data.tables import read_table, to_frame
 
 KINDS = {
     **dict.fromkeys(("image", "case", "source_image", "edge", "label", "lineage_sha256"), "text"),
+    "sha256": "text",
     **dict.fromkeys(("slice", "variant"), "whole number"),
     "kept": "yes or no",
 }
+EVERY = ("image", "case", "slice", "variant", "kept")  # no manifest lacks them
 
 
-def read_manifest(synthetic_dir: str | Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Some columns of a synthetic store's manifest.
+def read_manifest(synthetic_dir: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A synthetic store's manifest, or some of its columns.
 
     Args:
         synthetic_dir: the store (images/, manifest.parquet).
-        columns: some of ``KINDS``.
+        columns: some of ``KINDS``; None: all that there are, those of ``EVERY`` at least.
 
     Returns:
         A row a variant. ``image`` is relative to the store and stays inside it; ``source_image``,
@@ -39,10 +41,11 @@ def read_manifest(synthetic_dir: str | Path, columns: Sequence[str]) -> pd.DataF
             f"synthetic_dir: {synthetic_dir} holds no manifest.parquet; "
             "write a synthetic store with the bundle diffboost_synthesis"
         )
-    table = read_table(path, "synthetic_dir", {name: KINDS[name] for name in columns})
+    kinds = {name: KINDS[name] for name in columns or EVERY}
+    table = read_table(path, "synthetic_dir", kinds, others=columns is None)
     if not len(table):
         raise ValueError(f"synthetic_dir: {path} has no row")
-    if "image" in columns:
+    if "image" in kinds:
         refuse_names(table["image"], f"{path}: image")
         for folder in {name.rpartition("/")[0] for name in table["image"].to_pylist()}:
             check_folder(str(root), folder, f"{path}: image")

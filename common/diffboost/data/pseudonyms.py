@@ -6,13 +6,13 @@ which whole-volume evaluation reads and which need not be given away.
 """
 
 import hmac
-import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from diffboost.data.documents import read_json
 from diffboost.data.sources import Case
 from diffboost.files import write_json
 
@@ -99,5 +99,5 @@ def read_sources(store_dir: Path) -> tuple[Path, dict[str, tuple[str, str]]]:
             "are and is not here: it stays where the scans are. Training needs it not, evaluation "
             "of whole volumes does"
         )
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = read_json(path, "store_dir")
     return store_dir / kept["source_dir"], {name: tuple(two) for name, two in kept["cases"].items()}

@@ -118,12 +118,17 @@ def _refuse_missing(
 
 
 def read_table(
-    path: str | Path, key: str, columns: Mapping[str, str], dictionaries: Iterable[str] = ()
+    path: str | Path,
+    key: str,
+    columns: Mapping[str, str],
+    dictionaries: Iterable[str] = (),
+    others: bool = False,
 ) -> pa.Table:
     """Columns of a parquet file; see :func:`open_table`.
 
     Args:
         path, key, columns, dictionaries: see :func:`open_table`.
+        others: read the other columns too, unchecked.
 
     Raises:
         FileNotFoundError, ValueError: see :func:`open_table`; also for a cell that holds nothing.
@@ -131,8 +136,8 @@ def read_table(
     Source: engineering choice (issue 5, "Hostile input").
     """
     with open_table(path, key, columns, dictionaries) as file:
-        table = file.read(columns=list(columns), use_threads=False)
-        refuse_empty_cells(table, path, key)
+        table = file.read(columns=None if others else list(columns), use_threads=False)
+        refuse_empty_cells(table.select(list(columns)), path, key)
         if len(table) != file.metadata.num_rows:
             raise ValueError(f"{key}: {path} is damaged: rows are missing")
     return table

@@ -12,6 +12,8 @@ import pandas as pd
 from ignite.engine import Engine, Events
 
 from diffboost.data.addresses import ProcessBatches
+from diffboost.data.documents import read_json
+from diffboost.data.manifest import read_manifest
 from diffboost.data.tables import write_table
 from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.provenance import (
@@ -78,7 +80,7 @@ def _refuse_other_store(output: Path, settings: Mapping) -> None:
     record = output / RECORD
     ratio = settings["ratio"]
     if record.is_file():
-        ratio = json.loads(record.read_text(encoding="utf-8")).get("ratio", ratio)
+        ratio = read_json(record, "output_dir").get("ratio", ratio)
     refuse_other_run(output, {**settings, "ratio": ratio})
     if ratio > settings["ratio"]:
         raise ValueError(
@@ -89,7 +91,7 @@ def _refuse_other_store(output: Path, settings: Mapping) -> None:
 
 def _take_up(finished: Path, partial: Path) -> None:
     """Links a finished store's variants into a partial folder."""
-    manifest = pd.read_parquet(finished / "manifest.parquet", columns=["image", "sha256"])
+    manifest = read_manifest(finished, ["image", "sha256"])
     (partial / "images").mkdir(exist_ok=True)
     damaged, copied = [], 0
     for image, sha256 in zip(manifest.image, manifest.sha256, strict=True):

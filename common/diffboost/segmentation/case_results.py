@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from diffboost.data.documents import read_json
 from diffboost.data.slices import read_store
 from diffboost.files import sha256_of_files, write_aside, write_json
 from diffboost.processes import is_main_process, wait_for_processes
@@ -58,7 +59,7 @@ def open_evaluation(
 
 def _open(folder: Path, wanted: dict) -> None:
     record = folder / SETTINGS
-    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    found = read_json(record, "output_dir") if record.is_file() else None
     if found == wanted:
         logger.info("%s: going on with what an interrupted run left", folder)
         return

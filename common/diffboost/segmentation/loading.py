@@ -1,11 +1,12 @@
 """A trained segmenter, built as its own config files say."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser
+
+from diffboost.data.documents import read_json
 
 
 def read_record(segmenter_dir: str | Path) -> dict:
@@ -25,7 +26,7 @@ def read_record(segmenter_dir: str | Path) -> dict:
             raise FileNotFoundError(
                 f"segmenter_dir: {folder} has no {name}; training of a segmenter writes it"
             )
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return read_json(folder / "run.json", "segmenter_dir")
 
 
 def load_segmenter(
