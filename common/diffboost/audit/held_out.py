@@ -18,6 +18,7 @@ from monai.engines import SupervisedEvaluator
 from diffboost.audit.checks import lineage_leaks
 from diffboost.conditions.prompts import augmentation_phrase
 from diffboost.data.slices import SliceStore, slice_items
+from diffboost.files import write_aside
 from diffboost.generation.lineage import copy_lineage
 from diffboost.generation.sampling import VariantInferer
 from diffboost.generation.synthesis import (
@@ -25,13 +26,16 @@ from diffboost.generation.synthesis import (
     VariantPrepareBatch,
     load_generator,
     variant_facts,
+    variant_settings,
+    with_source_hashes,
 )
 from diffboost.generation.variant_store import VariantBatches, VariantWriter, write_manifest
-from diffboost.handlers import move_into_place, refuse_other_run, resume_run, write_aside
+from diffboost.runs import move_into_place, refuse_other_run, resume_run
 
 logger = logging.getLogger(__name__)
 
 REASON = "made by the audit of memorization from a held-out slice; never to be trained on"
+LICENSE = "none: to be looked at by the audit that made it"
 SHARED = (  # what a manifest says of the sampler, and variant_facts asks for
     "backbone", "seed", "noise_address", "scheduler", "num_inference_steps", "guidance_scale",
     "control_scale", "precision", "batch_size",
@@ -66,6 +70,7 @@ def held_out_items(
             continue
         items = slice_items(str(store.store_dir), fold, part, min_area_px)
         items = [item for item in items if item["case"] not in seen]
+        items = with_source_hashes(str(store.store_dir), items)
         places = np.linspace(0, len(items) - 1, min(num_slices, len(items))).round().astype(int)
         chosen[part] = [
             {**items[place], "variant": n % ratio, "phrase": augmentation_phrase(n % ratio)}
@@ -115,6 +120,9 @@ def synthesize_held_out(
     facts = variant_facts(
         str(generator_dir),
         prompt_weights=json.loads(row.prompt_weights),
+        image_size=image_size,
+        license=LICENSE,
+        purpose=REASON,
         **{name: getattr(row[name], "item", lambda name=name: row[name])() for name in SHARED},
     )
     if facts["model_sha256"] != row.model_sha256:
@@ -128,7 +136,7 @@ def synthesize_held_out(
     refuse_other_run(output_dir, settings)
     if not (output_dir / "manifest.parquet").is_file():
         resume_run(partial, settings)
-        _run(items, facts, generator_dir, partial, image_size, device)
+        _run(items, facts, generator_dir, partial, device)
         copy_lineage(generator_dir, partial)
         write_manifest(str(partial), items, facts)
         marked = pd.read_parquet(partial / "manifest.parquet").assign(kept=False, reason=REASON)
@@ -138,29 +146,21 @@ def synthesize_held_out(
 
 
 def _run(
-    items: list[dict],
-    facts: Mapping,
-    generator_dir: str | Path,
-    output_dir: Path,
-    image_size: int,
-    device: str,
+    items: list[dict], facts: Mapping, generator_dir: str | Path, output_dir: Path, device: str
 ) -> None:
     """Denoises what is not there yet; the same engine and parts as the synthesis bundle's."""
-    backbone, weights = facts["backbone"], json.loads(facts["prompt_weights"])
-    conditions = VariantConditions(
-        items, backbone, weights, image_size, facts["noise_address"], device
-    )
+    backbone = facts["backbone"]
+    conditions, sampling = variant_settings(facts)
+    conditions = VariantConditions(items, backbone, device=device, **conditions)
     batches = VariantBatches(items, facts["batch_size"], str(output_dir))
-    sampler = ("scheduler", "num_inference_steps", "guidance_scale", "control_scale", "precision")
-    told = {**facts, "purpose": REASON}
     evaluator = SupervisedEvaluator(
         device=torch.device(device),
         val_data_loader=DataLoader(Dataset(items, conditions), batch_sampler=batches),
         network=load_generator(str(generator_dir), backbone).to(device),
-        inferer=VariantInferer(backbone, **{name: facts[name] for name in sampler}),
+        inferer=VariantInferer(backbone, **sampling),
         prepare_batch=VariantPrepareBatch(),
         decollate=False,
-        val_handlers=[VariantWriter(str(output_dir), items, told)],
+        val_handlers=[VariantWriter(str(output_dir), items, facts)],
     )
     if len(batches):
         evaluator.run()

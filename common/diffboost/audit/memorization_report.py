@@ -18,7 +18,7 @@ from diffboost.audit.memorization import (
     tail_threshold,
 )
 from diffboost.audit.memorization_figure import draw_memorization
-from diffboost.handlers import write_aside
+from diffboost.files import write_aside
 
 logger = logging.getLogger(__name__)
 
