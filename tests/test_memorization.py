@@ -57,6 +57,7 @@ def write_variants(study, folder, pixels: dict) -> None:
     facts = variant_facts(
         str(study / "generator"), str(study / "backbone"), seed=3, noise_address="case",
         control_scale=1.0, prompt_weights={"prompt": 1.0}, precision="float32", batch_size=4,
+        image_size=SIZE, license="test",
         **sampler,
     )  # fmt: skip
     copy_lineage(study / "generator", folder)

@@ -29,6 +29,7 @@ from diffboost.generation.synthesis import (
     VariantPrepareBatch,
     load_generator,
     variant_facts,
+    variant_settings,
     with_source_hashes,
 )
 from diffboost.generation.variant_store import VariantBatches, VariantWriter, write_manifest
@@ -37,9 +38,10 @@ from diffboost.runs import move_into_place, refuse_other_run, resume_run
 logger = logging.getLogger(__name__)
 
 REASON = "made by the audit of memorization from a held-out slice; never to be trained on"
+LICENSE = "none: to be looked at by the audit that made it"
 SHARED = (  # what a manifest says of the sampler, and variant_facts asks for
     "backbone", "seed", "noise_address", "scheduler", "num_inference_steps", "guidance_scale",
-    "control_scale", "precision", "batch_size", "image_size", "license",
+    "control_scale", "precision", "batch_size",
 )  # fmt: skip
 
 
@@ -121,6 +123,8 @@ def synthesize_held_out(
     facts = variant_facts(
         str(generator_dir),
         prompt_weights=json.loads(row.prompt_weights),
+        image_size=image_size,
+        license=LICENSE,
         purpose=REASON,
         **{name: getattr(row[name], "item", lambda name=name: row[name])() for name in SHARED},
     )
@@ -135,7 +139,7 @@ def synthesize_held_out(
     refuse_other_run(output_dir, settings)
     if not (output_dir / "manifest.parquet").is_file():
         resume_run(partial, settings)
-        _run(items, facts, generator_dir, partial, image_size, device)
+        _run(items, facts, generator_dir, partial, device)
         copy_lineage(generator_dir, partial)
         write_manifest(str(partial), items, facts)
         marked = read_manifest(partial).assign(kept=False, reason=REASON)
@@ -145,25 +149,19 @@ def synthesize_held_out(
 
 
 def _run(
-    items: list[dict],
-    facts: Mapping,
-    generator_dir: str | Path,
-    output_dir: Path,
-    image_size: int,
-    device: str,
+    items: list[dict], facts: Mapping, generator_dir: str | Path, output_dir: Path, device: str
 ) -> None:
     """Denoises what is not there yet; the same engine and parts as the synthesis bundle's."""
-    backbone, weights = facts["backbone"], json.loads(facts["prompt_weights"])
-    conditions = VariantConditions(
-        items, backbone, weights, image_size, facts["noise_address"], device
-    )
+    backbone = facts["backbone"]
+    conditions, sampling = variant_settings(facts)
+    conditions = VariantConditions(items, backbone, device=device, **conditions)
     batches = VariantBatches(items, facts["batch_size"], str(output_dir))
     sampler = ("scheduler", "num_inference_steps", "guidance_scale", "control_scale", "precision")
     evaluator = SupervisedEvaluator(
         device=torch.device(device),
         val_data_loader=DataLoader(Dataset(items, conditions), batch_sampler=batches),
         network=load_generator(str(generator_dir), backbone).to(device),
-        inferer=VariantInferer(backbone, **{name: facts[name] for name in sampler}),
+        inferer=VariantInferer(backbone, **sampling),
         prepare_batch=VariantPrepareBatch(),
         decollate=False,
         val_handlers=[VariantWriter(str(output_dir), items, facts)],
