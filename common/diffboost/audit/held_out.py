@@ -156,7 +156,6 @@ def _run(
     conditions, sampling = variant_settings(facts)
     conditions = VariantConditions(items, backbone, device=device, **conditions)
     batches = VariantBatches(items, facts["batch_size"], str(output_dir))
-    sampler = ("scheduler", "num_inference_steps", "guidance_scale", "control_scale", "precision")
     evaluator = SupervisedEvaluator(
         device=torch.device(device),
         val_data_loader=DataLoader(Dataset(items, conditions), batch_sampler=batches),
