@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffboost.audit.fidelity import correlation
 from diffboost.data.slices import read_store
+from diffboost.generation.lineage import read_lineage
 from diffboost.prepare import prepare
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -251,10 +252,10 @@ def test_pretraining_from_nothing_to_a_backbone(folder):
     )
     scale = json.loads((folder / "exported/vae/config.json").read_text())["scaling_factor"]
     assert scale != 0.18215 and scale > 0
-    lineage = json.loads((folder / "exported/lineage.json").read_text())
+    lineage = read_lineage(folder / "exported/lineage.json")
     assert len(lineage["cases"]) == 8 and len(lineage["ancestors"]) == 1
     generator = finetune(folder, "next", backbone=str(folder / "exported"))
-    assert json.loads((generator / "lineage.json").read_text())["ancestors"] == [lineage]
+    assert read_lineage(generator / "lineage.json")["ancestors"] == [lineage]
 
 
 def test_correlation_by_hand():

@@ -6,6 +6,7 @@ from pathlib import Path
 import monai
 import pandas as pd
 import pytest
+import torch
 import yaml
 from small_store import source_sha256, write_store, write_variants
 
@@ -64,7 +65,7 @@ def test_variants_under_another_lineage_than_their_manifest_names_are_refused(st
 
 def lineage(*numbers, **more):
     """Of a model that saw the cases of these numbers."""
-    return {"cases": {f"seen_{n}": f"{n:064x}" for n in numbers}, "ancestors": [], **more}
+    return {"cases": {f"seen_{n}": source_sha256(n) for n in numbers}, "ancestors": [], **more}
 
 
 def test_a_generator_that_saw_test_cases_is_refused_whatever_it_began_from(store_dir):
@@ -78,9 +79,10 @@ def test_a_generator_that_saw_test_cases_is_refused_whatever_it_began_from(store
 
 def test_weights_that_were_selected_on_test_cases_are_refused(store_dir, tmp_path, caplog):
     weights = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(1)}, weights)
     guard_training(store_dir, 0, *parts(store_dir), weights=str(weights))
     assert "no lineage.json says what they were trained on" in caplog.text
-    before = lineage(1, selection={"seen_3": f"{3:064x}"})
+    before = lineage(1, selection={"seen_3": source_sha256(3)})
     weights.with_name("lineage.json").write_text(json.dumps(before))
     with pytest.raises(ValueError, match="seen_3 and case_3: the model is selected on test cases"):
         guard_training(store_dir, 0, *parts(store_dir), weights=str(weights))
@@ -104,7 +106,8 @@ def test_five_pairs_are_named_and_the_others_counted():
 @pytest.mark.parametrize(
     ("config", "guard", "begins"),
     [
-        ("diffboost_segmentation/configs/train.yaml", "guard_training", "$@train::trainer.run()"),
+        ("diffboost_segmentation/configs/train.yaml", "guard_training",
+         "diffboost.runs.run_to_end"),
         ("diffboost_segmentation/configs/evaluate.yaml", "guard_evaluation",
          "$@validate::evaluator.run()"),
         ("diffboost_synthesis/configs/inference.yaml", "guard_generator", "$@evaluator.run()"),
@@ -119,7 +122,7 @@ def test_stages_call_their_guard_before_they_begin(config, guard, begins):
 def test_the_bundle_refuses_and_leaves_no_model(store_dir, tmp_path):
     path = f"{store_dir}/index.parquet"
     index = pd.read_parquet(path)
-    index.loc[index.case == "case_1", "source_sha256"] = f"{0:064x}"
+    index.loc[index.case == "case_1", "source_sha256"] = source_sha256(0)
     index.to_parquet(path)
     with pytest.raises(RuntimeError) as error:
         monai.bundle.run(
