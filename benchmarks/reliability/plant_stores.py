@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from plants import Plant
 
@@ -76,6 +77,7 @@ def plant_models(store_dir: Path, folder: Path, plants: list[Plant]) -> dict[str
         place.mkdir()
         told = model if name == "model_dir" else lineage["own"]
         write_lineage(place / "lineage.json", told)
+        torch.save({"weight": torch.zeros(1)}, place / "model.pt")
     _write_variants(places["synthetic_dir"], index.set_index("case"), sources)
     return places
 
