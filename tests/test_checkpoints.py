@@ -377,3 +377,12 @@ def test_timing_has_a_row_an_epoch(tmp_path):
     train(tmp_path)
     timing = pd.read_csv(tmp_path / "model/timing.csv")
     assert list(timing.epoch) == [1, 2, 3, 4] and timing.seconds.is_monotonic_increasing
+
+
+def test_a_run_that_got_nowhere_is_not_in_the_way_of_another(tmp_path):
+    resume_run(tmp_path / "a.partial", {"seed": 1})
+    (tmp_path / "a.partial/training_log.csv").write_text("epoch")
+    resume_run(tmp_path / "a.partial", {"seed": 2})
+    assert [path.name for path in (tmp_path / "a.partial").iterdir()] == ["run.json"]
+    assert json.loads((tmp_path / "a.partial/run.json").read_text()) == {"seed": 2}
+    release_folder(tmp_path / "a.partial")

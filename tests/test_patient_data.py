@@ -105,9 +105,11 @@ def check_predictions(folder: Path, number: int) -> None:
 
 def test_predictions_of_evaluation_hold_no_header(source, tmp_path):
     store_dir = prepared(*source[:2])
-    writer, load = CaseWriter(str(store_dir), str(tmp_path)), source_preprocessing(str(store_dir))
+    cases = case_items(store_dir, 0, "all")
+    writer = CaseWriter(str(store_dir), str(tmp_path), cases)
+    load = source_preprocessing(str(store_dir))
     (tmp_path / "predictions").mkdir()
-    for item in case_items(store_dir, 0, "all"):
+    for item in cases:
         loaded = load(item)
         pred = loaded["label"] if "label" in loaded else loaded["image"]
         pred = pred if pred.shape[-1] > 1 else pred[..., 0]

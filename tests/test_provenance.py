@@ -16,6 +16,7 @@ from torchrun import bundle_settings
 
 from diffboost.audit.commands import provenance
 from diffboost.audit.provenance import audit_provenance
+from diffboost.generation.backbones import backbone_sha256
 from diffboost.generation.lineage import write_lineage
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.provenance import (
@@ -45,6 +46,7 @@ def folder(tmp_path_factory):
     network = ControlledUNet(str(folder / "backbone"))
     save_weights(network, folder / "generator" / "model.pt")
     lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
+    lineage["backbone_sha256"] = backbone_sha256(str(folder / "backbone"))
     write_lineage(folder / "generator" / "lineage.json", lineage)
     torch.set_num_threads(1)
     synthesize(folder, "synthetic")

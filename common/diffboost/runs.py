@@ -141,11 +141,12 @@ def resume_run(partial_dir: str | Path, settings: Mapping) -> None:
     A run that was stopped while its files were moved into place is moved to the end first.
 
     Args:
-        partial_dir: where the run writes; what lies there without a ``run.json`` is removed.
+        partial_dir: where the run writes; what lies there without a ``run.json``, or of another run
+            that got no results, is removed.
         settings: what the run is; written into the folder's ``run.json``.
 
     Raises:
-        ValueError: the folder holds an interrupted run of other settings.
+        ValueError: the folder holds an interrupted run of other settings, with results.
         BlockingIOError: another process is writing into it.
 
     Source: engineering choice (design, "Failure").
@@ -155,11 +156,26 @@ def resume_run(partial_dir: str | Path, settings: Mapping) -> None:
         hold_folder(partial_dir)
         if (partial_dir / FINISHED).is_file():
             _move(partial_dir)
-        refuse_other_run(partial_dir, settings)
-        if not (partial_dir / RECORD).is_file():
+        if _has_results(partial_dir):
+            refuse_other_run(partial_dir, settings)
+        if not _is_same_run(partial_dir, settings):
             shutil.rmtree(partial_dir, ignore_errors=True)
             write_json(partial_dir / RECORD, settings)
     wait_for_processes()
+
+
+def _has_results(partial_dir: Path) -> bool:
+    """Whether a run has got so far that another one must not take its folder: a checkpoint, or a
+    file in another folder such as images/."""
+    folders = [path for path in partial_dir.iterdir() if path.is_dir()]
+    return any(path.is_file() for folder in folders for path in folder.rglob("*"))
+
+
+def _is_same_run(folder: Path, settings: Mapping) -> bool:
+    """Whether a folder's ``run.json`` says these settings."""
+    record = folder / RECORD
+    wanted = json.loads(json.dumps(dict(settings), default=str))
+    return record.is_file() and read_json(record, "output_dir") == wanted
 
 
 def move_into_place(partial_dir: str | Path, output_dir: str | Path, settings: Mapping) -> None:
@@ -260,9 +276,7 @@ def run_to_end(
 
     Source: engineering choice (issue 5, "Exact resume, every stage").
     """
-    wanted = json.loads(json.dumps(dict(settings), default=str))
-    record = Path(output_dir) / RECORD
-    done = record.is_file() and read_json(record, "output_dir") == wanted
+    done = _is_same_run(Path(output_dir), settings)
     wait_for_processes()  # all have looked
     if done and not (Path(partial_dir) / CHECKPOINTS).is_dir():
         logger.info("%s: this run is in place already; remove it to train again", output_dir)
