@@ -167,7 +167,7 @@ def resume_run(partial_dir: str | Path, settings: Mapping) -> None:
 def _has_results(partial_dir: Path) -> bool:
     """Whether a run has got so far that another one must not take its folder: a checkpoint, or a
     file in another folder such as images/."""
-    folders = [path for path in partial_dir.iterdir() if path.is_dir()]
+    folders = [path for path in partial_dir.glob("*") if path.is_dir()]
     return any(path.is_file() for folder in folders for path in folder.rglob("*"))
 
 
