@@ -48,7 +48,7 @@ SETS = {
     "Task04_Hippocampus": ("hippocampus_mri", {}),
     "phantoms": (
         "phantom_organ",
-        {"phantoms": {"num_training": 36, "num_test": 0, "size_px": SIZE, "num_slices": 6}},
+        {"phantoms": {"num_training": 36, "num_test": 20, "size_px": SIZE, "num_slices": 6}},
     ),
 }
 
