@@ -22,15 +22,8 @@ from diffboost.data.addresses import AddressedDataset, AddressedSampler
 from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.saving import AveragedWeightsSaver
 from diffboost.handlers import BestWeightsSaver, TrainingLog
-from diffboost.runs import (
-    MoveIntoPlace,
-    hash_inputs,
-    hold_folder,
-    move_into_place,
-    release_folder,
-    resume_run,
-    run_to_end,
-)
+from diffboost.locks import hold_folder, release_folder
+from diffboost.runs import MoveIntoPlace, hash_inputs, move_into_place, resume_run, run_to_end
 from diffboost.segmentation.evaluation import CaseDice
 
 EPOCHS, STEPS = 4, 5  # of 2 samples; 9 samples, so that the last batch has one

@@ -10,9 +10,9 @@ from pathlib import Path
 from diffboost.data.documents import read_json
 from diffboost.data.slices import STORE_VERSION, read_store
 from diffboost.files import write_json
+from diffboost.locks import hold_folder, release_folder
 from diffboost.processes import is_main_process
 from diffboost.records import FOLDER, same_command_goes_on
-from diffboost.runs import hold_folder, release_folder
 
 logger = logging.getLogger(__name__)
 

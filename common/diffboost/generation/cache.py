@@ -29,9 +29,9 @@ from diffboost.generation.array_files import (
 from diffboost.generation.backbones import backbone_sha256, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
+from diffboost.locks import hold_folder, release_folder
 from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
 from diffboost.records import same_command_goes_on
-from diffboost.runs import hold_folder, release_folder
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import pandas as pd
 from diffboost.data.documents import read_json
 from diffboost.data.slices import read_store
 from diffboost.files import sha256_of_files, write_aside, write_json
+from diffboost.locks import hold_folder, release_folder
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.records import DoneCases, same_command_goes_on, state_of
-from diffboost.runs import hold_folder, release_folder
 
 SETTINGS = "settings.json"
 TABLE = "metrics.csv"
