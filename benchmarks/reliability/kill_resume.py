@@ -290,9 +290,8 @@ class Trials:
             if stage.before is not None:
                 subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
                 stage.before(disk)
-                used = sum(path.stat().st_size for path in disk.rglob("*"))
-                size = f"size={used + int(share * 20000)}"
-                subprocess.run(["mount", "-o", f"remount,{size}", disk], check=True)
+                room = shutil.disk_usage(disk).used + int(share * 16384)
+                subprocess.run(["mount", "-o", f"remount,size={room}", disk], check=True)
             mark = len(self.log.read_text(errors="replace"))
             refused = wait(start(stage, self.log, 0 if name not in WORKERS else None))
             told = "No space left on device" in self.log.read_text(errors="replace")[mark:]
