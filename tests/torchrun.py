@@ -20,7 +20,7 @@ def bundle_settings(bundle: str, configs: list[str], knobs: dict) -> dict:
     return {"config_file": files, "bundle_root": str(root)} | knobs
 
 
-def torchrun(arguments: list[str], timeout: float = 120) -> str:
+def torchrun(arguments: list[str], timeout: float = 300) -> str:
     """Two processes on one thread each; returns what they wrote, and raises where they fail.
 
     A deadlock is how such a run fails. torchrun starts its processes in sessions of their own, so
