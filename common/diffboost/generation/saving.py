@@ -1,5 +1,6 @@
 """Averaged weights, ``model.pt`` and the lineage beside it."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from diffboost.generation.lineage import hash_cases, read_lineage, write_lineage
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.handlers import save_weights
 from diffboost.processes import is_main_process, wait_for_processes
+
+logger = logging.getLogger(__name__)
 
 
 def trace_lineage(
@@ -49,6 +52,8 @@ def trace_lineage(
     ancestors = [Path(resolve_backbone(backbone)) / "lineage.json"]
     if weights is not None:
         ancestors.append(Path(weights).with_name("lineage.json"))
+        if not ancestors[-1].is_file():
+            logger.warning("weights: %s: no lineage.json says what they were trained on", weights)
     return {
         "store": read_store(store_dir).header["name"],
         "prompts": data.unique("prompt"),
