@@ -22,6 +22,7 @@ import numpy as np
 
 from diffboost.audit.provenance import FileAudit, audit_provenance
 from diffboost.data.slices import slice_items
+from diffboost.generation.backbones import backbone_sha256
 from diffboost.generation.lineage import write_lineage
 from diffboost.generation.networks import ControlledUNet
 from diffboost.handlers import save_weights
@@ -39,6 +40,7 @@ def make_ready(folder: Path, image_size: int, seed: int) -> int:
     )  # fmt: skip
     save_weights(ControlledUNet("tiny"), folder / "generator" / "model.pt")
     lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
+    lineage |= {"backbone": "tiny", "backbone_sha256": backbone_sha256("tiny")}
     write_lineage(folder / "generator" / "lineage.json", lineage)
     return len(slice_items(folder / "store", 0, "training"))
 
