@@ -67,7 +67,7 @@ def refuse_other_run(output_dir: str | Path, settings: Mapping) -> None:
     found = read_json(record, "output_dir")
     names = ", ".join(
         f"{key} {found.get(key)!r} instead of {value!r}"
-        for key, value in json.loads(json.dumps(dict(settings), default=str)).items()
+        for key, value in _as_recorded(settings).items()
         if found.get(key) != value
     )
     if names:
@@ -116,8 +116,12 @@ def _has_results(partial_dir: Path) -> bool:
 def _is_same_run(folder: Path, settings: Mapping) -> bool:
     """Whether a folder's ``run.json`` says these settings."""
     record = folder / RECORD
-    wanted = json.loads(json.dumps(dict(settings), default=str))
-    return record.is_file() and read_json(record, "output_dir") == wanted
+    return record.is_file() and read_json(record, "output_dir") == _as_recorded(settings)
+
+
+def _as_recorded(settings: Mapping) -> dict:
+    """Settings as ``run.json`` gives them back: lists for tuples, text for what JSON lacks."""
+    return json.loads(json.dumps(dict(settings), default=str))
 
 
 def move_into_place(partial_dir: str | Path, output_dir: str | Path, settings: Mapping) -> None:
