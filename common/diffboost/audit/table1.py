@@ -26,6 +26,7 @@ from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.backbones import backbone_sha256, has_part, resolve_backbone
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.pix2pix import load_translator
+from diffboost.generation.schedulers import refuse_other_scheduler
 from diffboost.generation.synthesis import read_generator, refuse_other_backbone
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.records import same_command_goes_on
@@ -76,17 +77,21 @@ def held_out_items(store_dir: str, part: str, num_images: int | None, seed: int)
     return [item | extra | {"source_sha256": hashes[item["case"]]} for item in chosen]
 
 
-def compared_models(generator_dir: str | None, pix2pix_dir: str, backbone: str) -> dict:
+def compared_models(
+    generator_dir: str | None, pix2pix_dir: str, backbone: str, scheduler: str
+) -> dict:
     """Hashes of the two models, once it is sure that both are there and fit.
 
     Args:
         generator_dir: folder of the generator; None is the backbone's own branch.
         pix2pix_dir: folder of the Pix2Pix model.
         backbone: what the generator was trained on.
+        scheduler: that is to sample the generator.
 
     Raises:
         FileNotFoundError: a folder lacks a file.
-        ValueError: the generator was trained on another backbone, or the backbone has no branch.
+        ValueError: the generator was trained on another backbone, the backbone has no branch, or
+            the scheduler does not fit.
 
     Source: engineering choice.
     """
@@ -100,8 +105,10 @@ def compared_models(generator_dir: str | None, pix2pix_dir: str, backbone: str) 
                 f"generator_dir: null means the branch of the backbone, but {backbone!r} brings "
                 "none; name the output_dir of train.yaml"
             )
+        refuse_other_scheduler(scheduler, {}, None)
         return facts
     generator = read_generator(generator_dir)
+    refuse_other_scheduler(scheduler, generator, generator_dir)
     refuse_other_backbone(generator, generator_dir, backbone)
     return facts | {"generator_sha256": generator["model_sha256"]}
 

@@ -12,7 +12,7 @@ from diffboost.cost.configs import amp_precision, float32_kind, value, without_e
 from diffboost.cost.counting import Count, count, inference, num_bytes, optimizer_bytes
 from diffboost.generation.backbones import load_config, load_part
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
-from diffboost.generation.sampling import SCHEDULERS
+from diffboost.generation.schedulers import load_scheduler
 from diffboost.store_writer import EDGE_BATCH
 
 LATENT_BATCH = 32  # of build_cache
@@ -150,8 +150,7 @@ def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
     Source: engineering choice; the loop is ``VariantInferer``'s
     """
     backbone, size, batch = (value(parser, k) for k in ("backbone", "image_size", "batch_size"))
-    kind, options = SCHEDULERS[value(parser, "scheduler")]
-    scheduler = kind.from_config(load_config(backbone, "scheduler"), **options)
+    scheduler = load_scheduler(backbone, value(parser, "scheduler"))
     scheduler.set_timesteps(value(parser, "num_inference_steps"))
     doubled = 2 if value(parser, "guidance_scale") > 1 else 1
     with torch.device("meta"):

@@ -2,45 +2,14 @@
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 from monai.inferers import Inferer
 from torch import nn
 
 from diffboost.data.addresses import address_seed
 from diffboost.generation.backbones import load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
+from diffboost.generation.schedulers import load_scheduler
 from diffboost.precision import AutocastInferer
-
-SCHEDULERS = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
-    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-}
-
-
-def load_scheduler(backbone: str, scheduler: str):
-    """A sampling scheduler by name, on the noise schedule that the backbone was trained with.
-
-    Args:
-        backbone: brings the noise schedule.
-        scheduler: ddim (paper), dpm++, unipc or euler.
-
-    Raises:
-        ValueError: the scheduler is none of these.
-
-    Source: released code samples with DDIM, eta 0 (facts 18); the others are diffusers'.
-    """
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler: {scheduler!r} is not one of {sorted(SCHEDULERS)}")
-    kind, options = SCHEDULERS[scheduler]
-    return kind.from_config(load_part(backbone, "scheduler").config, **options)
-
 
 NOISE_ADDRESSES = ("case", "variant")
 

@@ -18,6 +18,7 @@ from diffboost.generation.backbones import backbone_sha256, load_part, resolve_b
 from diffboost.generation.creation import write_backbone
 from diffboost.generation.lineage import hash_cases, read_lineage, write_lineage
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
+from diffboost.generation.schedulers import prediction_of
 from diffboost.handlers import save_weights
 from diffboost.processes import is_main_process, wait_for_processes
 
@@ -32,6 +33,7 @@ def trace_lineage(
     fold: int | None = None,
     seed: int = 0,
     weights: str | None = None,
+    prediction: str = "noise",
 ) -> dict:
     """What a generator will have seen: hashes of its cases, its backbone and its ancestors.
 
@@ -43,9 +45,14 @@ def trace_lineage(
         fold: fold that the items come from, None where folds do not matter.
         seed: the run's seed.
         weights: a ``model.pt`` that training starts from; its ``lineage.json`` is an ancestor.
+        prediction: what the generator will predict: noise (then the lineage says nothing), flow,
+            consistency.
 
     Returns:
         What ``write_lineage`` writes; ``cases`` see ``hash_cases``.
+
+    Raises:
+        ValueError: ``weights`` predict neither noise nor what is to be predicted.
 
     Source: engineering choice (design, "lineage").
     """
@@ -54,7 +61,14 @@ def trace_lineage(
         ancestors.append(Path(weights).with_name("lineage.json"))
         if not ancestors[-1].is_file():
             logger.warning("weights: %s: no lineage.json says what they were trained on", weights)
-    return {
+    before = [read_lineage(path) for path in ancestors if path.is_file()]
+    for found in map(prediction_of, before):
+        if found not in ("noise", prediction):
+            raise ValueError(
+                f"weights: {weights} predict {found}; training that learns {prediction} can start "
+                f"from weights that predict noise or {prediction}"
+            )
+    lineage = {
         "store": read_store(store_dir).header["name"],
         "prompts": data.unique("prompt"),
         "fold": fold,
@@ -63,8 +77,9 @@ def trace_lineage(
         "backbone": Path(backbone).name if Path(backbone).exists() else backbone,
         "backbone_sha256": backbone_sha256(backbone),
         "train_base": train_base,
-        "ancestors": [read_lineage(path) for path in ancestors if path.is_file()],
+        "ancestors": before,
     }
+    return lineage if prediction == "noise" else {**lineage, "prediction": prediction}
 
 
 class AveragedWeightsSaver:
@@ -179,9 +194,18 @@ def export_backbone(generator_dir: str, backbone: str, output_dir: str) -> Path:
         backbone: the backbone that it was trained on.
         output_dir: the new backbone's folder.
 
+    Raises:
+        ValueError: the generator does not predict noise, as every backbone does.
+
     Source: engineering choice.
     """
     lineage = read_lineage(Path(generator_dir) / "lineage.json")
+    prediction = prediction_of(lineage)
+    if prediction != "noise":
+        raise ValueError(
+            f"generator_dir: the generator in {generator_dir} predicts {prediction}; a backbone's "
+            "own weights predict noise"
+        )
     network = ControlledUNet(
         backbone, lineage["train_base"], weights=str(Path(generator_dir) / "model.pt")
     )

@@ -17,6 +17,7 @@ from diffboost.generation.lineage import read_lineage_document
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.provenance import RUN_FACTS
 from diffboost.generation.sampling import NOISE_ADDRESSES, variant_noise
+from diffboost.generation.schedulers import refuse_other_scheduler
 from diffboost.generation.text import embed_prompts, mix_embeddings
 from diffboost.knobs import nearest
 
@@ -267,13 +268,14 @@ def variant_facts(
 
     Raises:
         FileNotFoundError: generator or backbone is not there.
-        ValueError: ``license`` says nothing.
+        ValueError: ``license`` says nothing, or the scheduler does not fit the generator.
 
     Source: engineering choice (issue 5, "Provenance").
     """
     if not license or not str(license).strip():
         raise ValueError(f"license: {license!r}; name the terms of the variants in words")
     generator = read_generator(generator_dir)
+    refuse_other_scheduler(scheduler, generator, generator_dir)
     facts = {
         "seed": seed,
         "noise_address": noise_address,
