@@ -4,6 +4,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from monai.engines import PrepareBatch
+from monai.networks.schedulers import RFlowScheduler
 from monai.transforms import RandomizableTransform
 from monai.utils import convert_to_tensor
 from torch import nn
@@ -12,6 +13,9 @@ from torch.nn.functional import l1_loss
 from diffboost.data.transforms import LoadSliced
 from diffboost.generation.backbones import load_config, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
+from diffboost.knobs import nearest
+
+OBJECTIVES = ("noise", "flow")
 
 
 def standard_normal(random_state, shape: tuple[int, ...]) -> torch.Tensor:
@@ -95,11 +99,21 @@ class ControlPrepareBatch(PrepareBatch):
 
     Args:
         backbone: brings the noise schedule, and the autoencoder where images come.
+        objective: ``noise``, or ``flow``: the noisy latent lies on the straight line from latent to
+            noise at the time (timestep + 1) / 1000, the target is noise minus latent, and the
+            network is told 1000 times the time.
 
-    Source: paper Eq. 3 and 11.
+    Raises:
+        ValueError: ``objective`` is unknown.
+
+    Source: paper Eq. 3 and 11; flow: Liu et al. 2022, times as in MONAI's RFlowScheduler, but
+        (0, 1] for [0, 1): sampling begins at 1 and never asks at 0.
     """
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, backbone: str, objective: str = "noise") -> None:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective: {objective!r}; {nearest(objective, OBJECTIVES)}")
+        self.objective = objective
         self.backbone = backbone
         self.scheduler: DDPMScheduler = load_part(backbone, "scheduler")
         self.autoencoder: GrayscaleAutoencoder | None = None
@@ -111,11 +125,16 @@ class ControlPrepareBatch(PrepareBatch):
         }
         noise, timesteps = moved["noise"], moved["timestep"]
         latent = moved["latent"] if "latent" in moved else self._encode(moved)
+        conditions = {key: moved[key] for key in ("context", "edge")}
+        if self.objective == "flow":
+            timesteps = timesteps + 1
+            line = RFlowScheduler(self.scheduler.config.num_train_timesteps)
+            noisy = line.add_noise(latent, noise, timesteps)
+            return noisy, noise - latent, (), {"timesteps": timesteps, **conditions}
         noisy = self.scheduler.add_noise(latent, noise, timesteps)
         target = noise
         if self.scheduler.config.prediction_type == "v_prediction":
             target = self.scheduler.get_velocity(latent, noise, timesteps)
-        conditions = {key: moved[key] for key in ("context", "edge")}
         return noisy, target, (), {"timesteps": timesteps, **conditions}
 
     @torch.no_grad()
