@@ -112,6 +112,7 @@ def test_five_pairs_are_named_and_the_others_counted():
          "$@validate::evaluator.run()"),
         ("diffboost_synthesis/configs/inference.yaml", "guard_generator", "$@evaluator.run()"),
         ("task_finetune/configs/train.yaml", "guard_generator", "diffboost.runs.run_to_end"),
+        ("task_finetune/configs/distill.yaml", "guard_generator", "diffboost.runs.run_to_end"),
     ],
 )  # fmt: skip
 def test_stages_call_their_guard_before_they_begin(config, guard, begins):
