@@ -7,6 +7,7 @@ import small_backbone
 import torch
 from test_generation_bundles import finetune, refused, synthesize
 
+from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.objective import ControlPrepareBatch
 from diffboost.generation.sampling import VariantInferer
 from diffboost.generation.saving import export_backbone
@@ -42,11 +43,11 @@ def generator(folder):
     return finetune(folder, "generator", objective="flow", epochs=1, inner_fraction=0)
 
 
-class Oracle(torch.nn.Module):
-    """Knows the noise and the clean latent, and how it is asked."""
+class Oracle(ControlledUNet):
+    """Knows the noise and the clean latent, and keeps when it was asked."""
 
-    def __init__(self, noise, clean):
-        super().__init__()
+    def __init__(self, backbone, noise, clean):
+        super().__init__(backbone)
         self.velocity, self.asked = noise - clean, []
 
     def forward(self, image, timesteps, context, edge, control_scale=1.0):
@@ -69,7 +70,7 @@ def test_the_target_is_the_way_from_latent_to_noise(backbone, timestep, time):
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_an_oracle_is_sampled_exactly_in_any_number_of_equal_steps(backbone, num_steps):
     noise, clean = torch.randn(SHAPE), torch.randn(SHAPE)
-    oracle = Oracle(noise, clean)
+    oracle = Oracle(backbone, noise, clean)
     scheduler = load_scheduler(backbone, "flow")
     scheduler.set_timesteps(num_steps)
     latent = noise * scheduler.init_noise_sigma
@@ -79,7 +80,7 @@ def test_an_oracle_is_sampled_exactly_in_any_number_of_equal_steps(backbone, num
     images = VariantInferer(backbone, "flow", num_steps)
     with torch.no_grad():
         found = images(noise, oracle, torch.zeros(2, 12, 16), torch.zeros(2, 1, 32, 32))
-        expected = images.autoencoder.decode_scaled(clean)
+        expected = images.decoder.decode_scaled(clean)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     expected = [1000 * (1 - step / num_steps) for step in range(num_steps)]
     assert oracle.asked == pytest.approx(expected)

@@ -23,7 +23,8 @@ from diffboost.generation.objective import (
     ControlPrepareBatch,
     DrawDiffusionTargetsd,
 )
-from diffboost.generation.sampling import VariantInferer, load_scheduler, variant_noise
+from diffboost.generation.sampling import VariantInferer, variant_noise
+from diffboost.generation.schedulers import load_scheduler
 from diffboost.generation.text import embed_prompts, mix_embeddings
 from diffboost.precision import AutocastInferer, choose_bfloat16
 

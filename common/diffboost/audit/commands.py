@@ -52,6 +52,7 @@ def provenance(
     generator_dir: str | None = None,
     backbone: str | None = None,
     regenerate: bool = False,
+    decoder: str | None = None,
 ) -> None:
     """Says what a synthetic PNG, or a folder of them, was made by, and verifies it; exits with 1.
 
@@ -61,11 +62,12 @@ def provenance(
         generator_dir: the generator's folder, with model.pt and lineage.json; likewise.
         backbone: the one that the generator was finetuned on; likewise.
         regenerate: make the files again from what they say and compare the bytes.
+        decoder: the folder of the tiny decoder, where files name one that is not shipped.
     """
     from diffboost.audit.provenance import audit_provenance, describe  # torch takes seconds
 
     try:
-        audits = audit_provenance(path, store_dir, generator_dir, backbone, regenerate)
+        audits = audit_provenance(path, store_dir, generator_dir, backbone, regenerate, decoder)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     sys.stdout.write("\n".join(describe(audits)) + "\n")

@@ -23,6 +23,7 @@ from diffboost.data.slices import SliceStore, slice_items
 from diffboost.data.tables import write_table
 from diffboost.files import write_aside
 from diffboost.generation.lineage import copy_lineage
+from diffboost.generation.provenance import BEFORE_FORMAT_2
 from diffboost.generation.sampling import VariantInferer
 from diffboost.generation.synthesis import (
     VariantConditions,
@@ -39,10 +40,7 @@ logger = logging.getLogger(__name__)
 
 REASON = "made by the audit of memorization from a held-out slice; never to be trained on"
 LICENSE = "none: to be looked at by the audit that made it"
-SHARED = (  # what a manifest says of the sampler, and variant_facts asks for
-    "backbone", "seed", "noise_address", "scheduler", "num_inference_steps", "guidance_scale",
-    "control_scale", "precision", "batch_size",
-)  # fmt: skip
+SHARED = ("backbone", "seed", "noise_address", "batch_size")  # beside the sampler
 
 
 def held_out_items(
@@ -120,13 +118,16 @@ def synthesize_held_out(
     Source: engineering choice (issue 5, "Memorization audit").
     """
     row = manifest.iloc[0]
+    told = {**BEFORE_FORMAT_2, **manifest.head(1).to_dict("records")[0]}
+    sampling = variant_settings({**told, "image_size": image_size})[1]
     facts = variant_facts(
         str(generator_dir),
         prompt_weights=json.loads(row.prompt_weights),
         image_size=image_size,
         license=LICENSE,
         purpose=REASON,
-        **{name: getattr(row[name], "item", lambda name=name: row[name])() for name in SHARED},
+        **sampling,
+        **{name: told[name] for name in SHARED},
     )
     if facts["model_sha256"] != row.model_sha256:
         raise ValueError(

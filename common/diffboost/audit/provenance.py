@@ -21,7 +21,15 @@ from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store
 from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256
-from diffboost.generation.provenance import FACTS, is_intact, is_sealed, machine_facts, read_facts
+from diffboost.generation.decoding import decoder_sha256
+from diffboost.generation.provenance import (
+    FACTS,
+    OWN_DECODER,
+    is_intact,
+    is_sealed,
+    machine_facts,
+    read_facts,
+)
 from diffboost.generation.regeneration import regenerate
 from diffboost.generation.synthesis import read_generator
 
@@ -48,6 +56,7 @@ def audit_provenance(
     generator_dir: str | Path | None = None,
     backbone: str | None = None,
     again: bool = False,
+    decoder: str | None = None,
 ) -> list[FileAudit]:
     """Verifies a synthetic PNG, or all of a folder.
 
@@ -58,6 +67,7 @@ def audit_provenance(
         generator_dir: the generator that made them.
         backbone: the one that they were made on; None takes the name that the files say.
         again: make the files again from their facts and compare the bytes.
+        decoder: the tiny decoder of those that have one; None takes the name that the files say.
 
     Returns:
         One entry a file, in the order of the names.
@@ -82,7 +92,7 @@ def audit_provenance(
     if backbone is not None:
         _compare(told, {"backbone_sha256": backbone_sha256(backbone)})
     if again:
-        _make_again(told, str(generator_dir), backbone)
+        _make_again(told, str(generator_dir), backbone, decoder)
     return audits
 
 
@@ -143,8 +153,9 @@ def _against_manifest(path: Path, data: bytes, facts: Mapping, manifest: pd.Data
     if "sha256" not in manifest:
         return ["the manifest beside it has no hashes: made by an older version"]
     row = {**manifest.loc[str(path)]}
-    if Path(row["backbone"]).name == facts["backbone"]:  # files tell no paths
-        row["backbone"] = facts["backbone"]
+    for name in ("backbone", "decoder"):
+        if Path(row.get(name, "")).name == facts[name]:  # files tell no paths
+            row[name] = facts[name]
     if row["sha256"] != hashlib.sha256(data).hexdigest():
         return ["the manifest names another hash: not the file that was written there"]
     return [
@@ -184,20 +195,22 @@ def _compare_with_store(audits: Sequence[FileAudit], store_dir: str | Path) -> N
         audit.edge = str(edge) if "edge" in audit.verified else None
 
 
-def _make_again(audits: Sequence[FileAudit], generator_dir: str, backbone: str | None) -> None:
+def _make_again(
+    audits: Sequence[FileAudit], generator_dir: str, backbone: str | None, decoder: str | None
+) -> None:
     """Makes files again whose generator, backbone and edge are here, and compares the bytes."""
     model = read_generator(generator_dir)["model_sha256"]
     chosen: dict[str, list[FileAudit]] = {}
     for audit in audits:
         name = backbone or audit.facts["backbone"]
-        reason = _missing(audit, model, name)
+        reason = _missing(audit, model, name) or _missing_decoder(audit, decoder)
         if reason:
             audit.failures.append(f"not made again: {reason}")
         else:
             chosen.setdefault(name, []).append(audit)
     for name, same_backbone in chosen.items():
         files = [{**audit.facts, "edge": audit.edge} for audit in same_backbone]
-        made = regenerate(files, generator_dir, name)
+        made = regenerate(files, generator_dir, name, decoder)
         for number, data in tqdm(made, "made again", total=len(files), unit="PNG"):
             _compare_bytes(same_backbone[number], data)
 
@@ -215,6 +228,18 @@ def _missing(audit: FileAudit, model_sha256: str, backbone: str) -> str:
     if audit.facts["machine"].startswith("cuda") and not torch.cuda.is_available():
         return f"made on {audit.facts['machine']}, and there is no such device here"
     return ""
+
+
+def _missing_decoder(audit: FileAudit, decoder: str | None) -> str:
+    """Why a file's tiny decoder is not the one here; "" where it is, or it has none."""
+    told = audit.facts["decoder"]
+    if told == OWN_DECODER:
+        return ""
+    try:
+        here = decoder_sha256(decoder or told, audit.facts["backbone"])
+    except FileNotFoundError:
+        return f"no decoder by the name {told!r} is here; give its folder"
+    return "" if here == audit.facts["decoder_sha256"] else "the decoder here is another"
 
 
 def _compare_bytes(audit: FileAudit, data: bytes) -> None:

@@ -18,7 +18,8 @@ from diffboost.plans import Experiment
 NPY_HEADER = 128  # bytes
 # Knobs on which the cost of a variant depends, and those on which that of a segmenter does not.
 SAMPLING_KNOBS = (
-    "scheduler", "num_inference_steps", "guidance_scale", "control_scale", "batch_size",
+    "scheduler", "num_inference_steps", "guidance_scale", "guidance_interval", "control_scale",
+    "control_interval", "decoder", "batch_size",
 )  # fmt: skip
 FREE_KNOBS = ("alpha", "patch_size", "num_variants", "epochs", "learning_rate")
 

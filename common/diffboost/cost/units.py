@@ -1,5 +1,6 @@
 """One image's way through each network of a study, counted with the bundles' own modules."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -11,8 +12,11 @@ from diffboost.conditions.edges import ControlNetHED_Apache2, detection_size, lo
 from diffboost.cost.configs import amp_precision, float32_kind, value, without_eight_bit
 from diffboost.cost.counting import Count, count, inference, num_bytes, optimizer_bytes
 from diffboost.generation.backbones import load_config, load_part
+from diffboost.generation.constant_conditions import constant_conditions
+from diffboost.generation.decoding import load_decoder
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
-from diffboost.generation.schedulers import load_scheduler
+from diffboost.generation.sampling import step_kinds
+from diffboost.generation.schedulers import SCHEDULERS
 from diffboost.store_writer import EDGE_BATCH
 
 LATENT_BATCH = 32  # of build_cache
@@ -141,33 +145,48 @@ def embedding(backbone: str) -> Unit:
 
 
 def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
-    """A variant: every step of the sampler, doubled by guidance, and the decoder.
+    """A variant: what the sampler's steps compute, what it computes once a pass, and the decoder.
 
     Args:
         parser: of ``parse``, for the synthesis config.
         train_base: whether the generator has a UNet of its own; changes no FLOPs.
 
+    Every variant's edge and prompt count as different; where variants share a prompt, its keys and
+    values cost less than this.
+
     Source: engineering choice; the loop is ``VariantInferer``'s
     """
     backbone, size, batch = (value(parser, k) for k in ("backbone", "image_size", "batch_size"))
-    scheduler = load_scheduler(backbone, value(parser, "scheduler"))
+    kind, options = SCHEDULERS[value(parser, "scheduler")]
+    scheduler = kind.from_config(load_config(backbone, "scheduler"), **options)
     scheduler.set_timesteps(value(parser, "num_inference_steps"))
-    doubled = 2 if value(parser, "guidance_scale") > 1 else 1
+    names = ("guidance_scale", "guidance_interval", "control_scale", "control_interval")
+    knobs = {name: value(parser, name) for name in names if name in parser}
     with torch.device("meta"):
         network = ControlledUNet(backbone, train_base).eval()
-        autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae"))
+        decoder = load_decoder(value(parser, "decoder"), backbone)
         latent = torch.zeros(batch, *latent_shape(backbone, size))
-    scale = value(parser, "control_scale")
+        conditions = _generator_inputs(backbone, size, batch)[2:]
+    kinds = Counter(step_kinds(len(scheduler.timesteps), **knobs))
+    modules = [network, network.base, decoder]
+
+    def step(guided: bool, controlled: bool) -> Unit:
+        def run() -> None:
+            *inputs, edge = _generator_inputs(backbone, size, batch * (1 + guided))
+            network(*inputs, edge if controlled else None)
+
+        return _forward(run, modules, batch)
+
+    negative = conditions[0] if any(guided for guided, _ in kinds) else None
+    with constant_conditions(network, *conditions, negative):
+        steps = [step(*kind) for kind in kinds]  # the first with what is computed once
+        flops = sum((number - 1) * step(*kind).flops for kind, number in kinds.items())
+    decoding = _forward(lambda: decoder.decode_scaled(latent), modules, batch)
     precision = value(parser, "precision", "float32")
-    modules = [network, network.base, autoencoder]
-    step = _forward(
-        lambda: network(*_generator_inputs(backbone, size, doubled * batch), scale), modules, batch
-    )
-    decoding = _forward(lambda: autoencoder.decode_scaled(latent), modules, batch)
     return replace(
-        step,
-        flops=step.flops * len(scheduler.timesteps) + decoding.flops,
-        activation_bytes=max(step.activation_bytes, decoding.activation_bytes),
+        decoding,
+        flops=flops + sum(unit.flops for unit in (*steps, decoding)),
+        activation_bytes=max(unit.activation_bytes for unit in (*steps, decoding)),
         precision=float32_kind(parser) if precision == "float32" else precision,
     )
 

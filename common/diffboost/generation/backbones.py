@@ -126,7 +126,7 @@ def load_config(backbone: str, part: str) -> dict:
             return dict(ControlNetModel.from_unet(unet, load_weights_from_unet=False).config)
     path = _config_path(backbone, part)
     given = read_json(path, "backbone")
-    _refuse_absurd(given, path)
+    refuse_absurd(given, path)
     if part == "text_encoder":
         return CLIPTextModel.config_class(**given).to_dict()
     parameters = inspect.signature(PARTS[part].__init__).parameters.values()
@@ -134,8 +134,11 @@ def load_config(backbone: str, part: str) -> dict:
     return defaults | given
 
 
-def _refuse_absurd(config: Mapping, path: Path) -> None:
-    """Raises ValueError for a number that no network of a backbone has, before one is built."""
+def refuse_absurd(config: Mapping, path: Path) -> None:
+    """Raises ValueError for a number that no network of a backbone has, before one is built.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
     for name, value in config.items():
         numbers = value if isinstance(value, list) else [value]
         highest = MOST_LAYERS if "layers" in name else LARGEST_SIZE
@@ -261,6 +264,17 @@ def backbone_sha256(backbone: str) -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(bytes.fromhex(_file_sha256(path, path.stat().st_mtime_ns)))
     return digest.hexdigest()
+
+
+def part_sha256(backbone: str, part: str) -> str | None:
+    """Hash over the files of one part of a local folder; None where a backbone is no folder.
+
+    Source: engineering choice.
+    """
+    folder = Path(resolve_backbone(backbone)) / part
+    if not folder.is_dir():
+        return None
+    return sha256_of_files(path for path in sorted(folder.iterdir()) if path.is_file())
 
 
 @lru_cache(maxsize=256)

@@ -24,7 +24,7 @@ from diffboost import __version__
 from diffboost.data.slices import write_image
 
 PREFIX = "diffboost:"
-FORMAT = 1  # of these facts
+FORMAT = 2  # of these facts
 DESCRIPTION = (
     "Synthetic image, drawn by a generative model (DiffBoost) from the edges of a training slice. "
     "It shows no person; use it for research, never for diagnosis."
@@ -36,12 +36,21 @@ VARIANT_FACTS = {
 }  # fmt: skip
 RUN_FACTS = {
     "seed": int, "noise_address": str, "scheduler": str, "num_inference_steps": int,
-    "guidance_scale": float, "control_scale": float, "prompt_weights": str, "precision": str,
-    "batch_size": int, "image_size": int, "backbone": str, "backbone_sha256": str,
-    "model_sha256": str, "lineage_sha256": str, "license": str, "purpose": str,
+    "guidance_scale": float, "guidance_interval": str, "control_scale": float,
+    "control_interval": str, "decoder": str, "decoder_sha256": str, "prompt_weights": str,
+    "precision": str, "batch_size": int, "image_size": int, "backbone": str,
+    "backbone_sha256": str, "model_sha256": str, "lineage_sha256": str, "license": str,
+    "purpose": str,
 }  # fmt: skip
-MACHINE_FACTS = {"versions": str, "machine": str, "threads": int, "matmul_precision": str}
+MACHINE_FACTS = {
+    "format": int, "versions": str, "machine": str, "threads": int, "matmul_precision": str,
+}  # fmt: skip
 FACTS = {**VARIANT_FACTS, **RUN_FACTS, **MACHINE_FACTS}
+OWN_DECODER = "backbone"  # what facts call the backbone's own decoder
+# What was always so in format 1 and is not written there; the decoder's hash was the backbone's.
+BEFORE_FORMAT_2 = {
+    "guidance_interval": "[0.0, 1.0]", "control_interval": "[0.0, 1.0]", "decoder": OWN_DECODER,
+}  # fmt: skip
 
 _SEAL = b"tEXt" + f"{PREFIX}file_sha256".encode() + b"\0"
 _NO_HASH = b"0" * 64
@@ -84,6 +93,7 @@ def machine_facts(device: str | torch.device) -> dict:
         packer: features.version(packer.replace("-", "_")),
     }
     return {
+        "format": FORMAT,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "machine": f"{device.type} {platform.machine()} {name}",
         "threads": torch.get_num_threads(),
@@ -96,15 +106,17 @@ def variant_png(image: np.ndarray, facts: Mapping[str, object]) -> bytes:
 
     Args:
         image: float (H, W) in [-1, 1].
-        facts: all of :data:`FACTS`.
+        facts: all of :data:`FACTS`; those that their format does not know are left out.
 
     Raises:
         KeyError: a fact is missing.
 
     Source: engineering choice (issue 5, "Provenance").
     """
-    text = {"Description": DESCRIPTION, "Software": "DiffBoost", f"{PREFIX}format": FORMAT}
-    text |= {PREFIX + name: kind(facts[name]) for name, kind in FACTS.items()}
+    text = {"Description": DESCRIPTION, "Software": "DiffBoost"}
+    text[f"{PREFIX}format"] = facts["format"]
+    later = {*BEFORE_FORMAT_2, "decoder_sha256"} if facts["format"] == 1 else ()
+    text |= {PREFIX + name: kind(facts[name]) for name, kind in FACTS.items() if name not in later}
     file = io.BytesIO()
     write_image(file, image, text)
     return _seal(file.getvalue().removesuffix(_END) + _seal_chunk(_NO_HASH) + _END)
@@ -168,12 +180,15 @@ def read_facts(data: bytes) -> dict | None:
         raise ValueError(f"no readable PNG: {error}") from None
     if not any(str(name).startswith(PREFIX) for name in text):
         return None
-    if text.get(f"{PREFIX}format") != str(FORMAT):
+    if text.get(f"{PREFIX}format") not in ("1", str(FORMAT)):
         raise ValueError(
             f"its facts have the format {text.get(PREFIX + 'format', 'of a version before 1')}, "
-            f"this program knows {FORMAT}; nothing in it can be verified"
+            f"this program knows 1 and {FORMAT}; nothing in it can be verified"
         )
     try:
+        if text[f"{PREFIX}format"] == "1":
+            text |= {PREFIX + name: value for name, value in BEFORE_FORMAT_2.items()}
+            text[f"{PREFIX}decoder_sha256"] = text[f"{PREFIX}backbone_sha256"]
         return {name: kind(text[PREFIX + name]) for name, kind in FACTS.items()}
     except (KeyError, ValueError) as error:
         raise ValueError(f"its facts are incomplete or damaged: {error}") from None

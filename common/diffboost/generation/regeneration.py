@@ -18,7 +18,7 @@ from diffboost.generation.synthesis import (
 
 
 def regenerate(
-    files: Sequence[Mapping], generator_dir: str, backbone: str
+    files: Sequence[Mapping], generator_dir: str, backbone: str, decoder: str | None = None
 ) -> Iterator[tuple[int, bytes]]:
     """The bytes of variants' files, from their facts alone.
 
@@ -29,6 +29,7 @@ def regenerate(
         files: facts of files, and under ``edge`` the path of their edges.
         generator_dir: folder with the ``model.pt`` that made them.
         backbone: the one that they were made on.
+        decoder: the tiny one of those that have one; None takes it by the name that they say.
 
     Yields:
         Number of the file in ``files`` and its bytes, in the order in which they are made.
@@ -40,7 +41,7 @@ def regenerate(
         groups[tuple(facts[name] for name in (*RUN_FACTS, *MACHINE_FACTS))].append(number)
     for numbers in groups.values():
         with _same_machine(files[numbers[0]]), torch.no_grad():
-            yield from _make_again(files, numbers, generator_dir, backbone)
+            yield from _make_again(files, numbers, generator_dir, backbone, decoder)
 
 
 @contextlib.contextmanager
@@ -58,12 +59,18 @@ def _same_machine(facts: Mapping) -> Iterator[None]:
 
 
 def _make_again(
-    files: Sequence[Mapping], numbers: Sequence[int], generator_dir: str, backbone: str
+    files: Sequence[Mapping],
+    numbers: Sequence[int],
+    generator_dir: str,
+    backbone: str,
+    decoder: str | None,
 ) -> Iterator[tuple[int, bytes]]:
     """The bytes of files of equal settings."""
     items, shared = [files[number] for number in numbers], files[numbers[0]]
     device = "cuda" if shared["machine"].startswith("cuda") else "cpu"
     conditions, sampling = variant_settings(shared)
+    if sampling["decoder"] is not None:
+        sampling["decoder"] = decoder or sampling["decoder"]
     prepare = VariantConditions(items, backbone, device=device, **conditions)
     inferer = VariantInferer(backbone, **sampling)
     network = load_generator(generator_dir, backbone).to(device)

@@ -13,10 +13,16 @@ from diffboost.data.slices import read_store, slice_items
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256, load_config
+from diffboost.generation.decoding import decoder_sha256
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.generation.networks import ControlledUNet
-from diffboost.generation.provenance import RUN_FACTS
-from diffboost.generation.sampling import NOISE_ADDRESSES, variant_noise
+from diffboost.generation.provenance import OWN_DECODER, RUN_FACTS
+from diffboost.generation.sampling import (
+    NOISE_ADDRESSES,
+    check_interval,
+    variant_noise,
+    variant_step_seed,
+)
 from diffboost.generation.schedulers import refuse_other_scheduler
 from diffboost.generation.text import embed_prompts, mix_embeddings
 from diffboost.knobs import nearest
@@ -204,21 +210,17 @@ class VariantConditions(Transform):
         return QUALITY_SUFFIX if self.prompt_weights.get("style", 0) > 0 else ""
 
     def __call__(self, data: dict) -> dict:
-        """``image`` (noise, (C, h, w)), ``context``, ``negative_context``, ``edge`` (1, H, W)."""
+        """``image`` (noise, (C, h, w)), ``step_seeds`` (an integer), ``context``,
+        ``negative_context``, ``edge`` (1, H, W)."""
+        address = (data["seed"], data["case"], data["slice"], data["variant"])
         parts = {
             "prompt": self.embedding[data["prompt"] + self._suffix()],
             "phrase": self.embedding[data["phrase"]],
             "style": self.embedding[STYLE_PROMPT],
         }
         return {
-            "image": variant_noise(
-                data["seed"],
-                data["case"],
-                data["slice"],
-                data["variant"],
-                self.latent_shape,
-                self.noise_address,
-            ),
+            "image": variant_noise(*address, self.latent_shape, self.noise_address),
+            "step_seeds": variant_step_seed(*address, self.noise_address),
             "context": mix_embeddings(parts, self.prompt_weights),
             "negative_context": self.embedding[NEGATIVE_PROMPT],
             "edge": self.load({"edge": data["edge"]})["edge"],
@@ -229,13 +231,15 @@ class VariantConditions(Transform):
 
 
 class VariantPrepareBatch(PrepareBatch):
-    """Noise in, no target; prompt, negative prompt and edge go to the inferer."""
+    """Noise in, no target; prompt, negative prompt, edge and seeds go to the inferer."""
 
     def __call__(self, batchdata, device=None, non_blocking=False, **kwargs):
-        """(noise, None, (), {context, negative_context, edge}) on ``device``."""
+        """(noise, None, (), {context, negative_context, edge, step_seeds}), all but the seeds on
+        ``device``."""
         names = ("context", "negative_context", "edge")
         moved = {k: batchdata[k].to(device, non_blocking=non_blocking) for k in ("image", *names)}
-        return moved["image"], None, (), {name: moved[name] for name in names}
+        seeds = torch.as_tensor(batchdata["step_seeds"])
+        return moved["image"], None, (), {**{k: moved[k] for k in names}, "step_seeds": seeds}
 
 
 def variant_facts(
@@ -246,7 +250,10 @@ def variant_facts(
     scheduler: str,
     num_inference_steps: int,
     guidance_scale: float,
+    guidance_interval: Sequence[float],
     control_scale: float,
+    control_interval: Sequence[float],
+    decoder: str | None,
     prompt_weights: Mapping[str, float],
     precision: str,
     batch_size: int,
@@ -260,15 +267,17 @@ def variant_facts(
         generator_dir: its model and lineage are named by their hashes.
         backbone: named, and hashed.
         seed, noise_address: of the noise.
-        scheduler, num_inference_steps, guidance_scale, control_scale, precision: of the inferer.
+        scheduler, num_inference_steps, guidance_scale, guidance_interval, control_scale,
+            control_interval, decoder, precision: of the inferer; the decoder is named, and hashed.
         prompt_weights, image_size: of :class:`VariantConditions`.
         batch_size: variants a pass, on which rounding depends.
         license: terms of the variants, in words.
         purpose: what they are for, in words.
 
     Raises:
-        FileNotFoundError: generator or backbone is not there.
-        ValueError: ``license`` says nothing, or the scheduler does not fit the generator.
+        FileNotFoundError: generator, backbone or decoder is not there.
+        ValueError: ``license`` says nothing, an interval is none, or the scheduler does not fit
+            the generator.
 
     Source: engineering choice (issue 5, "Provenance").
     """
@@ -282,7 +291,11 @@ def variant_facts(
         "scheduler": scheduler,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
+        "guidance_interval": json.dumps(check_interval("guidance_interval", guidance_interval)),
         "control_scale": control_scale,
+        "control_interval": json.dumps(check_interval("control_interval", control_interval)),
+        "decoder": decoder or OWN_DECODER,
+        "decoder_sha256": decoder_sha256(decoder, backbone),
         "prompt_weights": json.dumps(dict(prompt_weights), sort_keys=True),
         "precision": precision,
         "batch_size": batch_size,
@@ -311,4 +324,8 @@ def variant_settings(facts: Mapping) -> tuple[dict, dict]:
     conditions = {name: facts[name] for name in ("image_size", "noise_address")}
     conditions["prompt_weights"] = json.loads(facts["prompt_weights"])
     names = ("scheduler", "num_inference_steps", "guidance_scale", "control_scale", "precision")
-    return conditions, {name: facts[name] for name in names}
+    sampling = {name: facts[name] for name in names}
+    for name in ("guidance_interval", "control_interval"):
+        sampling[name] = json.loads(facts[name])
+    sampling["decoder"] = None if facts["decoder"] == OWN_DECODER else facts["decoder"]
+    return conditions, sampling

@@ -41,6 +41,11 @@ def _file_of(item: Mapping) -> str:
     return variant_file(item["case"], item["slice"], item["variant"])
 
 
+def _told_names(facts: Mapping) -> dict[str, str]:
+    """What files call backbone and decoder; a manifest has their paths."""
+    return {name: backbone_name(facts[name]) for name in ("backbone", "decoder")}
+
+
 def _placed(data: Sequence[dict], facts: Mapping) -> Iterator[tuple[dict, int]]:
     """Each item and its place in its batch."""
     return ((item, position % facts["batch_size"]) for position, item in enumerate(data))
@@ -172,8 +177,7 @@ class VariantWriter:
             done.add(key)
             own = self.items[key] | {"edge_sha256": sha256_of_files([self.items[key]["edge"]])}
             facts = {name: own[name] for name in VARIANT_FACTS} | dict(self.facts) | machine
-            facts["backbone"] = backbone_name(facts["backbone"])
-            data = variant_png(image[0], facts)
+            data = variant_png(image[0], facts | _told_names(facts))
             write_aside(path, functools.partial(Path.write_bytes, data=data))
 
 
@@ -196,8 +200,7 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
             raise FileNotFoundError(
                 f"output_dir: {output_dir} lacks {_file_of(item)}; run synthesis again"
             )
-        name = backbone_name(facts["backbone"])
-        told = _told_by(path, {**facts, **item, "batch_place": place, "backbone": name})
+        told = _told_by(path, {**facts, **item, "batch_place": place, **_told_names(facts)})
         rows.append(
             {
                 "image": _file_of(item),
@@ -207,7 +210,7 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
                 **{name: told[name] for name in ("prompt", "phrase")},
                 "phrase_weight": json.loads(facts["prompt_weights"]).get("phrase", 0.0),
                 **told,
-                "backbone": facts["backbone"],
+                **{name: facts[name] for name in ("backbone", "decoder")},
                 "sha256": sha256_of_files([path]),
                 "kept": True,
                 "reason": "",
