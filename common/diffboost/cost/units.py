@@ -16,7 +16,7 @@ from diffboost.generation.constant_conditions import constant_conditions
 from diffboost.generation.decoding import load_decoder
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.generation.sampling import step_kinds
-from diffboost.generation.schedulers import SCHEDULERS
+from diffboost.generation.schedulers import build_scheduler
 from diffboost.store_writer import EDGE_BATCH
 
 LATENT_BATCH = 32  # of build_cache
@@ -157,8 +157,7 @@ def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
     Source: engineering choice; the loop is ``VariantInferer``'s
     """
     backbone, size, batch = (value(parser, k) for k in ("backbone", "image_size", "batch_size"))
-    kind, options = SCHEDULERS[value(parser, "scheduler")]
-    scheduler = kind.from_config(load_config(backbone, "scheduler"), **options)
+    scheduler = build_scheduler(value(parser, "scheduler"), load_config(backbone, "scheduler"))
     scheduler.set_timesteps(value(parser, "num_inference_steps"))
     names = ("guidance_scale", "guidance_interval", "control_scale", "control_interval")
     knobs = {name: value(parser, name) for name in names if name in parser}

@@ -1,5 +1,7 @@
 """Samplers by name, and which of them fit what a generator predicts."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from diffusers import (
@@ -70,16 +72,30 @@ def load_scheduler(backbone: str, scheduler: str):
 
     Source: released code samples with DDIM, eta 0 (facts 18); the others are diffusers'.
     """
+    return build_scheduler(scheduler, load_part(backbone, "scheduler").config)
+
+
+def build_scheduler(scheduler: str, config: Mapping):
+    """A sampling scheduler by name, on the noise schedule of a diffusers configuration.
+
+    Args:
+        scheduler: see :func:`load_scheduler`.
+        config: of a backbone's scheduler.
+
+    Raises:
+        ValueError: the scheduler is unknown.
+
+    Source: as :func:`load_scheduler`.
+    """
     if scheduler not in SCHEDULERS:
         raise ValueError(f"scheduler: {scheduler!r} is not one of {sorted(SCHEDULERS)}")
     kind, options = SCHEDULERS[scheduler]
-    config = load_part(backbone, "scheduler").config
     if kind is FlowScheduler:  # has no noise schedule
         config = {"num_train_timesteps": config["num_train_timesteps"]}
     return kind.from_config(config, **options)
 
 
-def prediction_of(lineage: dict) -> str:
+def prediction_of(lineage: Mapping) -> str:
     """What a generator predicts, by its lineage: noise (where it says nothing), flow, consistency.
 
     Raises:
@@ -94,7 +110,7 @@ def prediction_of(lineage: dict) -> str:
     return prediction
 
 
-def refuse_other_scheduler(scheduler: str, lineage: dict, generator_dir: str | None) -> None:
+def refuse_other_scheduler(scheduler: str, lineage: Mapping, generator_dir: str | None) -> None:
     """Refuses a scheduler that cannot sample what a generator predicts.
 
     Args:
