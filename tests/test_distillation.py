@@ -6,10 +6,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import small_backbone
 import torch
 from diffusers import DDIMScheduler
-from test_generation_bundles import FINETUNE, bundle_run, finetune, refused, synthesize
+from PIL import Image
+from test_generation_bundles import (
+    FINETUNE,
+    bundle_run,
+    finetune,
+    refused,
+    synthesize,
+    write_study,
+)
 
 from diffboost.data.slices import read_store
 from diffboost.files import sha256_of_files
@@ -23,20 +30,13 @@ from diffboost.generation.distillation import (
 from diffboost.generation.lineage import read_lineage, write_lineage
 from diffboost.generation.schedulers import load_scheduler
 from diffboost.generation.text import embed_prompts
-from diffboost.prepare import prepare
 
 SHAPE = (2, 4, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the slice store of a small task, and a backbone."""
-    folder = tmp_path_factory.mktemp("distillation")
-    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": 4}
-    knobs = {"num_folds": 2, "phantoms": phantoms}
-    prepare("phantoms", folder / "store", "phantom_organ", 32, "gradient", **knobs)
-    small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
-    return folder
+    return write_study(tmp_path_factory.mktemp("distillation"))
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,10 @@ def test_a_student_makes_variants_with_lcm_alone(folder, student):
     store = synthesize(folder, student, "few_steps", scheduler="lcm", ratio=1)
     manifest = pd.read_parquet(store / "manifest.parquet")
     assert len(manifest) == 12 and set(manifest.scheduler) == {"lcm"}
+    other = synthesize(folder, student, "batches", scheduler="lcm", ratio=1, batch_size=5)
+    for name in manifest.image:  # the second step draws noise, for each variant its own
+        pair = (np.asarray(Image.open(path / name)).astype(int) for path in (store, other))
+        assert abs(np.subtract(*pair)).max() <= 32, name  # of 65535: sums in another order
     match = "scheduler: 'unipc' does not fit .*student, which predicts consistency; allowed: lcm"
     with refused(match):
         synthesize(folder, student, "wrong")

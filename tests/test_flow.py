@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import small_backbone
 import torch
-from test_generation_bundles import finetune, refused, synthesize
+from test_generation_bundles import finetune, refused, synthesize, write_study
 
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.objective import ControlPrepareBatch
@@ -17,20 +16,13 @@ from diffboost.generation.schedulers import (
     load_scheduler,
     refuse_other_scheduler,
 )
-from diffboost.prepare import prepare
 
 SHAPE = (2, 4, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with the slice store of a small task, and a backbone."""
-    folder = tmp_path_factory.mktemp("flow")
-    phantoms = {"num_training": 2, "num_test": 1, "size_px": 32, "num_slices": 3}
-    knobs = {"num_folds": 2, "phantoms": phantoms}
-    prepare("phantoms", folder / "store", "phantom_organ", 32, "gradient", **knobs)
-    small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
-    return folder
+    return write_study(tmp_path_factory.mktemp("flow"), num_training=2, num_slices=3)
 
 
 @pytest.fixture(scope="module")

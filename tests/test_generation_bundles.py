@@ -24,22 +24,19 @@ FINETUNE = BUNDLES / "task_finetune"
 SYNTHESIS = BUNDLES / "diffboost_synthesis"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def write_study(folder: Path, num_training: int = 4, num_slices: int = 4) -> Path:
     """A folder with the slice store of a small task, and a backbone."""
-    folder = tmp_path_factory.mktemp("study")
-    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": 4}
-    prepare(
-        "phantoms",
-        folder / "store",
-        "phantom_organ",
-        32,
-        "gradient",
-        num_folds=2,
-        phantoms=phantoms,
-    )
+    phantoms = {"num_training": num_training, "num_slices": num_slices}
+    phantoms |= {"num_test": 1, "size_px": 32}
+    knobs = {"num_folds": 2, "phantoms": phantoms}
+    prepare("phantoms", folder / "store", "phantom_organ", 32, "gradient", **knobs)
     small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study"))
 
 
 def bundle_run(bundle: Path, configs: list[str], **knobs) -> None:
