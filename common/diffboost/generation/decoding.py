@@ -169,6 +169,19 @@ def decoder_lineage(decoder: str | None) -> dict | None:
     return read_lineage(path) if path.is_file() else None
 
 
+def with_decoder_lineage(path: str, decoder: str | None) -> dict:
+    """A generator's lineage, with that of a tiny decoder among its ancestors.
+
+    Args:
+        path: the generator's lineage.json.
+        decoder: see :func:`resolve_decoder`; one that says nothing of its training adds nothing.
+
+    Source: engineering choice (issue 5, "a generator that saw a test case").
+    """
+    lineage, seen = read_lineage(path), decoder_lineage(decoder)
+    return {**lineage, "ancestors": [*lineage["ancestors"], *([seen] if seen else [])]}
+
+
 def decoder_sha256(decoder: str | None, backbone: str) -> str:
     """Hash of what decodes: a tiny decoder's configuration and weights, or the backbone's files.
 
