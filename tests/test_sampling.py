@@ -33,7 +33,7 @@ def network(backbone):
 
 
 def batch(size: int = 4) -> dict[str, torch.Tensor]:
-    """Noise and conditions; two variants share a prompt and an edge."""
+    """Noise and conditions; two variants share both."""
     draw = torch.Generator().manual_seed(7)
     context = torch.randn(size, 12, 16, generator=draw)
     edge = torch.rand(size, 1, 32, 32, generator=draw)
@@ -104,8 +104,8 @@ def test_no_flop_of_hint_and_text_is_spent_twice(backbone, network):
     for scale, passes, contexts in ((1.0, 5, 3), (9.0, 10, 4)):
         inferer = VariantInferer(backbone, "ddim", 5, scale)
         found = counted(lambda inferer=inferer: inferer(network=network, **conditions))
-        # 4 variants of 3 edges and 3 prompts, and one negative prompt
-        assert found == passes * varied + 3 * hint + contexts * text + decoding
+        # 4 variants with 3 prompts, and one negative prompt
+        assert found == passes * varied + 4 * hint + contexts * text + decoding
 
 
 def test_halves_and_branch_are_not_run_outside_their_intervals(backbone, network, monkeypatch):

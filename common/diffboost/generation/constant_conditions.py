@@ -1,7 +1,7 @@
 """What a sampler's passes owe to prompts and edges alone, computed once and not in every step."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -37,10 +37,10 @@ def constant_conditions(
     """For its duration, the hint's features and the text's keys and values come from memory.
 
     Until it ends the network may see these conditions and no others: a batch of them, or twice as
-    many rows, the negative half first. Each different edge passes through the branch's hint net
-    once, each different context once through every cross-attention's projections to keys and
-    values, of UNet and branch. Each passes alone: so a variant's rounding does not depend on which
-    others share its batch.
+    many rows, the negative half first. The edges pass through the branch's hint net once, each
+    different context once through every cross-attention's projections to keys and values, of UNet
+    and branch. Contexts pass one by one, edges as a batch of their number: so a variant's rounding
+    does not depend on which others share its batch.
 
     Args:
         network: its modules answer from memory.
@@ -48,18 +48,18 @@ def constant_conditions(
         edge: hints (B, 1, H, W).
         negative_context: (B, tokens, width), where there is a second half.
 
-    Source: issue 6, "hint features once per edge ... text keys shared by variants".
+    Source: issue 6, "hint features once per edge, not once per step; text keys shared by variants".
     """
     number, hint_net = len(edge), network.controlnet.controlnet_cond_embedding
-    hints, places = different_rows(edge)
-    hints = hints.expand(-1, network.controlnet.config.conditioning_channels, -1, -1)
-    spread = {number: places, 2 * number: torch.cat([places, places])}
-    forwards = {hint_net: _remembering(hint_net, hints, spread)}
+    hints = edge.expand(-1, network.controlnet.config.conditioning_channels, -1, -1)
+    places = torch.arange(number, device=edge.device)
+    spread = {number: places, 2 * number: places.repeat(2)}
+    forwards = {hint_net: _remembering(hint_net, [hints], spread)}
     halves = [context] if negative_context is None else [negative_context, context]
     contexts, places = different_rows(torch.cat(halves))
     spread = {len(places): places, number: places[-number:]}
     for projection in _text_projections(network):
-        forwards[projection] = _remembering(projection, contexts, spread)
+        forwards[projection] = _remembering(projection, contexts.split(1), spread)
     for module, forward in forwards.items():
         module.forward = forward
     try:
@@ -81,20 +81,20 @@ def _text_projections(network: ControlledUNet) -> Iterator[nn.Module]:
 
 
 def _remembering(
-    module: nn.Module, inputs: torch.Tensor, spread: dict[int, torch.Tensor]
+    module: nn.Module, batches: Sequence[torch.Tensor], spread: dict[int, torch.Tensor]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A forward that computes ``inputs`` at its first call and later gives what it had.
+    """A forward that computes its outputs at its first call and later gives what it had.
 
     Args:
         module: whose forward it takes the place of.
-        inputs: (U, ...) the different ones.
-        spread: number of rows that come to which of ``inputs`` each is.
+        batches: its inputs, in the batches in which they pass.
+        spread: number of rows that come to which of the inputs each is.
     """
     compute, outputs = module.forward, []
 
     def forward(rows: torch.Tensor) -> torch.Tensor:
         if not outputs:
-            outputs.append(torch.cat([compute(row[None]) for row in inputs]))
+            outputs.append(torch.cat([compute(batch) for batch in batches]))
         return outputs[0][spread[len(rows)]]
 
     return forward

@@ -224,13 +224,13 @@ def write_backbone(
             part = parts[name]
             if half and isinstance(part, nn.Module):
                 part = part.half()
-            _write_part(part, partial / name)
+            write_part(part, partial / name)
         elif base is not None and has_part(base, name):
             folder = Path(resolve_backbone(base)) / name
             if folder.is_dir():
                 shutil.copytree(folder, partial / name)
             else:
-                _write_part(load_part(base, name), partial / name)
+                write_part(load_part(base, name), partial / name)
     if lineage is not None:
         write_lineage(partial / "lineage.json", lineage)
     partial.rename(target)
@@ -240,8 +240,11 @@ def write_backbone(
     return target
 
 
-def _write_part(part: object, folder: Path) -> None:
-    """Save a part, without the path of the machine where it was loaded from; diffusers keeps it."""
+def write_part(part: object, folder: Path) -> None:
+    """Save a part, without the path of the machine where it was loaded from; diffusers keeps it.
+
+    Source: engineering choice.
+    """
     part.save_pretrained(folder)
     config = folder / "config.json"
     if config.is_file():

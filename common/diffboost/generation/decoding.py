@@ -112,7 +112,8 @@ def load_decoder(decoder: str | None, backbone: str) -> GrayscaleAutoencoder | T
             f"decoder: {decoder!r} is damaged or does not fit its configuration: "
             f"{' '.join(str(error).split())[:500]}"
         ) from error
-    return TinyDecoder(loaded.float()).eval().requires_grad_(False)
+    network = TinyDecoder(loaded.float()).eval().requires_grad_(False)
+    return network.to(memory_format=torch.channels_last)  # a third less time on a CPU
 
 
 def _config(decoder: str, root: str) -> dict:
@@ -167,6 +168,19 @@ def decoder_lineage(decoder: str | None) -> dict | None:
         return None
     path = Path(resolve_decoder(decoder)) / "lineage.json"
     return read_lineage(path) if path.is_file() else None
+
+
+def with_decoder_lineage(path: str, decoder: str | None) -> dict:
+    """A generator's lineage, with that of a tiny decoder among its ancestors.
+
+    Args:
+        path: the generator's lineage.json.
+        decoder: see :func:`resolve_decoder`; one that says nothing of its training adds nothing.
+
+    Source: engineering choice (issue 5, "a generator that saw a test case").
+    """
+    lineage, seen = read_lineage(path), decoder_lineage(decoder)
+    return {**lineage, "ancestors": [*lineage["ancestors"], *([seen] if seen else [])]}
 
 
 def decoder_sha256(decoder: str | None, backbone: str) -> str:
