@@ -21,6 +21,7 @@ SMALL = {
 }
 
 
-def write_backbone(folder: Path, zero_convolution_std: float = 0.0) -> str:
+def write_backbone(folder: Path, zero_convolution_std: float = 0.0, seed: int = 0) -> str:
     """An untrained backbone in `folder`, its zero convolutions zero as ControlNet's by default."""
-    return str(create_backbone(str(folder), zero_convolution_std=zero_convolution_std, **SMALL))
+    settings = SMALL | {"seed": seed}
+    return str(create_backbone(str(folder), zero_convolution_std=zero_convolution_std, **settings))

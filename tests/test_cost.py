@@ -228,7 +228,7 @@ def test_the_papers_breast_fold_costs_what_the_literature_says(paper_fold, monke
     assert finetune.unit.flops == pytest.approx(1.17e12, rel=0.01)
     assert (finetune.images, finetune.steps) == (98 * 1600, 6400)
     assert synthesis.unit.flops == pytest.approx(0.978 * 24.3e12, rel=0.005)
-    assert synthesis.flops == pytest.approx(0.978 * 119e15, rel=0.005)
+    assert synthesis.flops == pytest.approx(0.978 * 119e15, rel=0.01)
     branch, unet, autoencoder = 361_279_120, 859_520_964, 83_653_863
     average = branch
     assert finetune.unit.weight_bytes == 4 * (branch + unet + average)

@@ -56,8 +56,9 @@ def write_variants(study, folder, pixels: dict) -> None:
     sampler = {"scheduler": "unipc", "num_inference_steps": 1, "guidance_scale": 1.0}
     facts = variant_facts(
         str(study / "generator"), str(study / "backbone"), seed=3, noise_address="case",
-        control_scale=1.0, prompt_weights={"prompt": 1.0}, precision="float32", batch_size=4,
-        image_size=SIZE, license="test",
+        guidance_interval=(0, 1), control_scale=1.0, control_interval=(0, 1), decoder=None,
+        prompt_weights={"prompt": 1.0}, precision="float32", batch_size=4, image_size=SIZE,
+        license="test",
         **sampler,
     )  # fmt: skip
     copy_lineage(study / "generator", folder)

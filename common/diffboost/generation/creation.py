@@ -240,8 +240,14 @@ def write_backbone(
     return target
 
 
-def write_part(part: object, folder: Path) -> None:
-    """Save a part, without the path of the machine where it was loaded from; diffusers keeps it.
+def write_part(part: object, folder: Path, left_out: tuple[str, ...] = ("_name_or_path",)) -> None:
+    """Save a part.
+
+    Args:
+        part: whatever diffusers or transformers save.
+        folder: where.
+        left_out: keys of its configuration; by default the path of the machine where it was loaded
+            from, which diffusers keeps.
 
     Source: engineering choice.
     """
@@ -249,5 +255,5 @@ def write_part(part: object, folder: Path) -> None:
     config = folder / "config.json"
     if config.is_file():
         content = read_json(config, "backbone")
-        content.pop("_name_or_path", None)
+        content = {key: value for key, value in content.items() if key not in left_out}
         config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -23,6 +23,9 @@ from diffboost.processes import is_main_process, wait_for_processes
 
 logger = logging.getLogger(__name__)
 
+# AutoencoderTiny writes its block_out_channels and warns of them when it reads them.
+NOT_CONFIGURATION = ("_name_or_path", "block_out_channels")
+
 
 def create_tiny_decoder(
     backbone: str, channels: int, num_blocks: Sequence[int], seed: int = 0
@@ -144,7 +147,7 @@ def export_decoder(
         shutil.rmtree(partial, ignore_errors=True)
         network = getattr(network, "module", network)
         load_weights(network, weights)
-        write_part(network.autoencoder, partial)
+        write_part(network.autoencoder, partial, NOT_CONFIGURATION)
         made = {"ancestors": [], "weights_sha256": weights_sha256}
         made["autoencoder_sha256"] = part_sha256(backbone, "vae")
         write_lineage(partial / "lineage.json", {**lineage, **made})

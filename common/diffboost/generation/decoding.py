@@ -89,8 +89,8 @@ def load_decoder(decoder: str | None, backbone: str) -> GrayscaleAutoencoder | T
         A network with ``decode_scaled``. Under ``torch.device("meta")`` it has no weights.
 
     Raises:
-        ValueError: the decoder is for latents of another shape or of another autoencoder, or is
-            damaged.
+        ValueError: the decoder is for latents of another shape or of another autoencoder, or its
+            weights are missing or damaged.
         FileNotFoundError: it is not in the folder, nor on the hub or in its local cache.
 
     Source: engineering choice; ``performance_facts.md`` 3.1 (the decoder is 22 to 39 % of a few
@@ -105,11 +105,9 @@ def load_decoder(decoder: str | None, backbone: str) -> GrayscaleAutoencoder | T
         return TinyDecoder(AutoencoderTiny.from_config(config)).eval().requires_grad_(False)
     try:
         loaded = AutoencoderTiny.from_pretrained(root, use_safetensors=True)
-    except OSError as error:
-        raise _missing(decoder) from error
-    except MISFITS as error:
+    except (OSError, *MISFITS) as error:
         raise ValueError(
-            f"decoder: {decoder!r} is damaged or does not fit its configuration: "
+            f"decoder: {decoder!r}: its weights are missing, damaged or not of its configuration: "
             f"{' '.join(str(error).split())[:500]}"
         ) from error
     network = TinyDecoder(loaded.float()).eval().requires_grad_(False)
