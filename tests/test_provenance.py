@@ -21,6 +21,7 @@ from diffboost.generation.lineage import write_lineage
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.provenance import (
     FACTS,
+    OWN_DECODER,
     is_intact,
     is_whole,
     machine_facts,
@@ -81,7 +82,7 @@ def test_a_file_says_in_words_that_it_is_synthetic_and_holds_all_facts():
 
 def test_files_of_format_1_say_what_was_always_so_and_are_written_as_they_were():
     new = FACTS_OF_ONE | {"guidance_interval": "[0.0, 1.0]", "control_interval": "[0.0, 1.0]"}
-    old = new | {"format": 1, "decoder": "backbone", "decoder_sha256": new["backbone_sha256"]}
+    old = new | {"format": 1, "decoder": OWN_DECODER, "decoder_sha256": new["backbone_sha256"]}
     data = variant_png(np.zeros((4, 4)), old)
     assert is_intact(data) and read_facts(data) == old
     assert b"diffboost:decoder" not in data and b"interval" not in data

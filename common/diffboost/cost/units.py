@@ -1,8 +1,9 @@
 """One image's way through each network of a study, counted with the bundles' own modules."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from monai.bundle import ConfigParser
@@ -168,26 +169,33 @@ def sampling(parser: ConfigParser, train_base: bool = False) -> Unit:
         conditions = _generator_inputs(backbone, size, batch)[2:]
     kinds = Counter(step_kinds(len(scheduler.timesteps), **knobs))
     modules = [network, network.base, decoder]
-
-    def step(guided: bool, controlled: bool) -> Unit:
-        def run() -> None:
-            *inputs, edge = _generator_inputs(backbone, size, batch * (1 + guided))
-            network(*inputs, edge if controlled else None)
-
-        return _forward(run, modules, batch)
-
     negative = conditions[0] if any(guided for guided, _ in kinds) else None
     with constant_conditions(network, *conditions, negative):
-        steps = [step(*kind) for kind in kinds]  # the first with what is computed once
-        flops = sum((number - 1) * step(*kind).flops for kind, number in kinds.items())
+        first = _steps(network, dict.fromkeys(kinds, 1), backbone, size, batch, modules)
+        later = _steps(network, kinds - Counter([*kinds]), backbone, size, batch, modules)
     decoding = _forward(lambda: decoder.decode_scaled(latent), modules, batch)
     precision = value(parser, "precision", "float32")
     return replace(
         decoding,
-        flops=flops + sum(unit.flops for unit in (*steps, decoding)),
-        activation_bytes=max(unit.activation_bytes for unit in (*steps, decoding)),
+        flops=first.flops + later.flops + decoding.flops,
+        activation_bytes=max(unit.activation_bytes for unit in (first, later, decoding)),
         precision=float32_kind(parser) if precision == "float32" else precision,
     )
+
+
+def _steps(
+    network: ControlledUNet, kinds: Mapping, backbone: str, size: int, batch: int, modules: list
+) -> Unit:
+    """So many of each kind of step (guided, with the branch), the FLOPs of all."""
+
+    def step(guided: bool, controlled: bool) -> None:
+        *inputs, edge = _generator_inputs(backbone, size, batch * (1 + guided))
+        network(*inputs, edge if controlled else None)
+
+    units = {kind: _forward(partial(step, *kind), modules, batch) for kind in kinds}
+    flops = sum(number * units[kind].flops for kind, number in kinds.items())
+    peak = max((unit.activation_bytes for unit in units.values()), default=0)
+    return Unit(flops, 0, peak)
 
 
 def edge_detection(edges: str, image_size: int, hed_size_px: int | None) -> Unit:

@@ -170,6 +170,9 @@ class VariantInferer(Inferer):
 
         Returns:
             (B, 1, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: steps are guided and there is no ``negative_context``.
         """
         scheduler = load_scheduler(self.backbone, self.scheduler)
         scheduler.set_timesteps(self.num_inference_steps, device=inputs.device)
@@ -184,6 +187,8 @@ class VariantInferer(Inferer):
         )
         if not any(guided for guided, _ in kinds):
             negative_context = None
+        elif negative_context is None:
+            raise ValueError(f"guidance_scale: {self.guidance_scale} needs a negative_context")
         with constant_conditions(network, context, edge, negative_context):
             for timestep, (guided, controlled) in zip(scheduler.timesteps, kinds, strict=True):
                 scaled = scheduler.scale_model_input(latent, timestep)
