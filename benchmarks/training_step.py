@@ -1,0 +1,367 @@
+"""Time and losses of a training step, ours beside the step of diffusers' train_controlnet.py.
+
+    python benchmarks/training_step.py [--models tiny 16m] [--steps 200] [--batch_size 4]
+
+Trains the branch of a frozen backbone twice in one process, in turn, step by step, on phantoms:
+
+- ours: the pretrain bundle's train.yaml as ``monai.bundle run`` runs it, with its cache (float32
+  latents), data set, loader, trainer, handlers, log and checkpoints;
+- peer: the step of diffusers' examples/controlnet/train_controlnet.py, with its defaults, written
+  out in plain torch: images and hints are read by PIL, converted to RGB, resized, cropped and
+  scaled by torchvision, captions tokenized; then the autoencoder's encoder, the text encoder,
+  ControlNet, UNet, loss, backward, AdamW, schedule, zero_grad, loss.item() for the progress bar.
+  Left out: accelerate's wrappers, which do nothing in one process and float32; gradient clipping
+  (left out on both sides); logging. What the script draws (order of images, noise, timesteps, the
+  posterior's noise) is given to it, ready, outside of its time.
+
+Both have the same weights, images, hints, captions, draws, batch size, AdamW (5e-6, constant; the
+script's default), threads and no loader processes. ``tiny`` is the shipped backbone at 64 px, ``16m``
+one of 16 million parameters (UNet and branch) with random weights at 128 px.
+
+The time of a step is the median; its ratio is ours over the peer's. What the cache takes once is
+shown beside it. Ends with a line of JSON; the exit status is 1 if a step's losses differ by more
+than 1e-5.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from diffusers import ControlNetModel
+from diffusers.optimization import get_scheduler
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigWorkflow
+from monai.transforms import Compose
+from PIL import Image
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms
+from tqdm import tqdm
+
+from diffboost.data.addresses import AddressedDataset, AddressedSampler
+from diffboost.data.slices import slice_items
+from diffboost.generation.backbones import has_part, load_part
+from diffboost.generation.creation import create_backbone
+from diffboost.generation.objective import DrawDiffusionTargetsd
+from diffboost.generation.streaming import StreamedItems
+from diffboost.prepare import prepare
+
+PRETRAIN = Path(__file__).parents[1] / "bundles" / "radimagenet_controlnet_pretrain"
+RATIO_LIMIT, LOSS_LIMIT = 0.70, 1e-5  # issue 6
+LEARNING_RATE = 5e-6  # default of train_controlnet.py
+CHECKPOINTS = 500  # steps between two, its default
+WARM_UP = 5  # steps whose time is not counted
+SEED = 0
+SIZES_PX = {"tiny": 64, "16m": 128}
+# Stable Diffusion 1.5's levels at an eighth of its widths.
+MIDDLE = {
+    "image_size": SIZES_PX["16m"],
+    "autoencoder_channels": [16, 32, 64, 64],
+    "autoencoder_layers": 2,
+    "latent_channels": 4,
+    "unet_channels": [48, 96, 144, 144],
+    "unet_layers": 2,
+    "attention_heads": 4,
+    "hint_channels": [16, 32, 96, 256],
+    "zero_convolution_std": 0.0,
+    "text_width": 96,
+    "text_layers": 12,
+    "max_tokens": 77,
+    "vocab_size": 2000,
+    "seed": SEED,
+}
+
+
+class Pictures(Dataset):
+    """Images, hints and captions as train_controlnet.py's ``make_train_dataset`` prepares them.
+
+    Args:
+        items: dictionaries with ``image``, ``edge`` and ``prompt``.
+        tokenizer: the backbone's.
+        size_px: ``--resolution``.
+    """
+
+    def __init__(self, items, tokenizer, size_px: int) -> None:
+        self.items = list(items)
+        self.tokenizer = tokenizer
+        bilinear = transforms.InterpolationMode.BILINEAR
+        cut = [transforms.Resize(size_px, bilinear), transforms.CenterCrop(size_px)]
+        self.hint = transforms.Compose([*cut, transforms.ToTensor()])
+        self.image = transforms.Compose([self.hint, transforms.Normalize([0.5], [0.5])])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitems__(self, addresses: list[tuple[int, int]]) -> list[dict]:
+        """The examples of a batch; ``datasets`` transforms a batch at a time too."""
+        items = [self.items[index] for _, index in addresses]
+        tokens = self.tokenizer(
+            [item["prompt"] for item in items],
+            max_length=self.tokenizer.model_max_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return [
+            {
+                "pixel_values": self.image(Image.open(item["image"]).convert("RGB")),
+                "conditioning_pixel_values": self.hint(Image.open(item["edge"]).convert("RGB")),
+                "input_ids": row,
+            }
+            for item, row in zip(items, tokens, strict=True)
+        ]
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """train_controlnet.py's ``collate_fn``."""
+    batch = {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
+    for name in ("pixel_values", "conditioning_pixel_values"):
+        batch[name] = batch[name].to(memory_format=torch.contiguous_format).float()
+    return batch
+
+
+class Peer:
+    """The training loop of train_controlnet.py, a step at a time.
+
+    Args:
+        backbone: brings all parts.
+        items: the training slices.
+        size_px: side of the images.
+        batch_size: ``--train_batch_size``.
+    """
+
+    def __init__(self, backbone: str, items, size_px: int, batch_size: int) -> None:
+        self.vae, self.text_encoder, self.unet, self.scheduler, tokenizer = (
+            load_part(backbone, name)
+            for name in ("vae", "text_encoder", "unet", "scheduler", "tokenizer")
+        )
+        branch = has_part(backbone, "controlnet")
+        torch.manual_seed(SEED)  # a new branch's hint encoder is drawn as ours is
+        self.controlnet = (
+            load_part(backbone, "controlnet") if branch else ControlNetModel.from_unet(self.unet)
+        )
+        self.controlnet.requires_grad_(True).train()
+        self.optimizer = torch.optim.AdamW(
+            self.controlnet.parameters(),
+            lr=LEARNING_RATE,
+            betas=(0.9, 0.999),
+            weight_decay=1e-2,
+            eps=1e-8,
+        )
+        self.lr_scheduler = get_scheduler("constant", self.optimizer)
+        data = Pictures(items, tokenizer, size_px)
+        sampler = AddressedSampler(data, SEED, batch_size=batch_size, drop_last=True)
+        self.loader = DataLoader(
+            data, batch_size=batch_size, sampler=sampler, collate_fn=collate, num_workers=0
+        )
+        self.batches = self._batches()
+        self.bar = tqdm(desc="Steps")
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            yield from self.loader
+
+    def step(self, drawn: dict[str, torch.Tensor]) -> float:
+        """Loss of the next step.
+
+        Args:
+            drawn: ``posterior_noise`` and ``noise`` (B, C, h, w), ``timestep`` (B,).
+        """
+        batch = next(self.batches)
+        noise, timesteps = drawn["noise"], drawn["timestep"]
+        posterior = self.vae.encode(batch["pixel_values"]).latent_dist
+        latents = posterior.mean + posterior.std * drawn["posterior_noise"]
+        latents = latents * self.vae.config.scaling_factor
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        context = self.text_encoder(batch["input_ids"], return_dict=False)[0]
+        down, middle = self.controlnet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=context,
+            controlnet_cond=batch["conditioning_pixel_values"],
+            return_dict=False,
+        )
+        predicted = self.unet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=context,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )[0]
+        loss = mse_loss(predicted.float(), noise.float(), reduction="mean")
+        loss.backward()
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.bar.update()
+        value = loss.detach().item()
+        self.bar.set_postfix(loss=value, lr=self.lr_scheduler.get_last_lr()[0])
+        return value
+
+
+def draws(items, backbone: str, size_px: int, batch_size: int, steps: int) -> list[dict]:
+    """What our run draws in each step, by the same addresses, as batches."""
+    draw = DrawDiffusionTargetsd(backbone, empty_prompt=0.0, image_size=size_px)
+    data = AddressedDataset(StreamedItems(items, backbone), Compose([draw]), SEED, cache=False)
+    sampler = AddressedSampler(data, SEED, batch_size=batch_size, drop_last=True)
+    batches, addresses = [], iter(sampler)
+    for step in range(steps):
+        if step and step % (len(sampler) // batch_size) == 0:
+            addresses = iter(sampler)
+        samples = [data[next(addresses)] for _ in range(batch_size)]
+        kept = ("noise", "posterior_noise", "timestep")
+        batches.append(default_collate([{name: each[name] for name in kept} for each in samples]))
+    return batches
+
+
+class Duel:
+    """Lets the peer make a step behind each of ours, and times both.
+
+    Args:
+        peer: the other loop.
+        drawn: its draws, a step each.
+    """
+
+    def __init__(self, peer: Peer, drawn: list[dict]) -> None:
+        self.peer = peer
+        self.drawn = drawn
+        self.seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+        self.losses: dict[str, list[float]] = {"ours": [], "peer": []}
+        self.start = 0.0
+
+    def attach(self, trainer: Engine) -> None:
+        """Listens to our trainer, behind its handlers."""
+        trainer.add_event_handler(Events.STARTED, self._begin)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._follow)
+
+    def _begin(self) -> None:
+        self.start = time.perf_counter()
+
+    def _follow(self, trainer: Engine) -> None:
+        now = time.perf_counter()
+        self.seconds["ours"].append(now - self.start)
+        self.losses["ours"].append(trainer.state.output["loss"].item())
+        step = len(self.losses["peer"])
+        now = time.perf_counter()
+        self.losses["peer"].append(self.peer.step(self.drawn[step]))
+        self.seconds["peer"].append(time.perf_counter() - now)
+        if step + 1 == len(self.drawn):
+            trainer.terminate()
+        self.start = time.perf_counter()
+
+
+def our_run(folder: Path, backbone: str, size_px: int, batch_size: int) -> ConfigWorkflow:
+    """The pretrain bundle with the peer's hyperparameters; one endless run, stopped by the duel."""
+    return ConfigWorkflow(
+        config_file=str(PRETRAIN / "configs" / "train.yaml"),
+        meta_file=str(PRETRAIN / "configs" / "metadata.json"),
+        workflow_type="train",
+        bundle_root=str(PRETRAIN),
+        store_dir=str(folder / "store"),
+        output_dir=str(folder / "models"),
+        backbone=backbone,
+        image_size=size_px,
+        batch_size=batch_size,
+        epochs=1_000_000,
+        learning_rate=LEARNING_RATE,
+        schedule="constant",
+        empty_prompt=0.0,
+        ema_decay=0.0,
+        latent_precision="float32",
+        checkpoint_interval=CHECKPOINTS,
+        seed=SEED,
+        device="cpu",
+    )
+
+
+def measure(model: str, steps: int, batch_size: int, num_images: int, folder: Path) -> dict:
+    """Both sides on one model."""
+    size_px = SIZES_PX[model]
+    phantoms = {"num_images": num_images, "image_size_px": size_px}
+    store = prepare("phantoms", folder / "store", "radimagenet", size_px, "gradient", num_folds=1,
+                    validation_fraction=0.0, phantoms=phantoms)  # fmt: skip
+    backbone = model
+    if model == "16m":
+        backbone = str(create_backbone(str(folder / "backbone"), **MIDDLE))
+    items = slice_items(str(store), 0, "training", inner_fraction=0)
+    drawn = draws(items, backbone, size_px, batch_size, steps)
+    peer = Peer(backbone, items, size_px, batch_size)
+    workflow = our_run(folder, backbone, size_px, batch_size)
+    workflow.initialize()
+    start = time.perf_counter()
+    trainer = workflow.parser.get_parsed_content("train::trainer")
+    caching = time.perf_counter() - start
+    duel = Duel(peer, drawn)
+    duel.attach(trainer)
+    workflow.run()
+    peer.bar.close()
+    return summarize(model, duel, trainer.network, batch_size, caching, num_images)
+
+
+def summarize(model, duel: Duel, network, batch_size: int, caching: float, num_images: int) -> dict:
+    """Times an image, and by how much losses differ."""
+    each = {
+        side: [s / batch_size for s in seconds[WARM_UP:]] for side, seconds in duel.seconds.items()
+    }
+    ours, peer = (median(each[side]) for side in ("ours", "peer"))
+    pairs = zip(duel.losses["ours"], duel.losses["peer"], strict=True)
+    parameters = sum(p.numel() for m in (network, network.base) for p in m.parameters())
+    return {
+        "name": f"training step, {model}",
+        "ours": ours,
+        "peer": peer,
+        "ratio": ours / peer,
+        "ratio_of_means": fmean(each["ours"]) / fmean(each["peer"]),
+        "unit": "s an image",
+        "limit": RATIO_LIMIT,
+        "largest_loss_difference": max(abs(a - b) for a, b in pairs),
+        "loss_limit": LOSS_LIMIT,
+        "steps": len(duel.losses["ours"]),
+        "parameters": parameters,
+        "cache_s_an_image": caching / num_images,
+    }
+
+
+def main() -> int:
+    """Prints a line a model and the line of JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=SIZES_PX, default=list(SIZES_PX))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=4, help="default: the script's")
+    parser.add_argument("--num_images", type=int, default=160, help="phantoms to train on")
+    arguments = parser.parse_args()
+    figures = []
+    for model in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            figures.append(
+                measure(
+                    model,
+                    arguments.steps,
+                    arguments.batch_size,
+                    arguments.num_images,
+                    Path(folder),
+                )
+            )
+        row = figures[-1]
+        print(
+            f"{row['name']}: {row['parameters'] / 1e6:.1f} M parameters, ours {row['ours']:.4f} s "
+            f"an image, peer {row['peer']:.4f}, ratio {row['ratio']:.3f}; losses differ by at most "
+            f"{row['largest_loss_difference']:.1e} in {row['steps']} steps"
+        )
+    worst = max(figures, key=lambda row: row["ratio"])
+    equal = all(row["largest_loss_difference"] <= LOSS_LIMIT for row in figures)
+    print(json.dumps(worst | {"name": "training_step", "worst": worst["name"], "figures": figures}))
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
