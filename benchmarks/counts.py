@@ -11,7 +11,7 @@ Counts, without weights, a network or a clock, what an image costs:
   its optimizer and its data are not counted, nor are ours.
 - a variant of the synthesis bundle (inference.yaml, sd15.yaml: the fast preset) against one of
   diffusers' StableDiffusionControlNetPipeline at DDIM 20 and guidance 9 (the paper's sampling): 20
-  times ControlNet and UNet on two halves, and the decoder. Ours by paper_sampling.yaml is shown too.
+  times ControlNet and UNet on two halves, and the decoder. Ours by paper_sampling.yaml is shown.
 
 Both sides are counted by ``diffboost.cost.counting.count``, one multiply-add as 2, attention's
 backward as twice its forward. Ends with a line of JSON; the exit status is 1 if a limit of issue 6

@@ -228,7 +228,7 @@ def test_the_papers_breast_fold_costs_what_the_literature_says(paper_fold, monke
     assert finetune.unit.flops == pytest.approx(1.133e12, rel=0.001)
     assert (finetune.images, finetune.steps) == (98 * 1600, 6400)
     assert synthesis.unit.flops == pytest.approx(23.18e12, rel=0.001)
-    assert synthesis.flops == pytest.approx(113.6e15, rel=0.001)
+    assert synthesis.flops == pytest.approx(114.2e15, rel=0.001)  # with batches filled up
     branch, unet, autoencoder = 361_279_120, 859_520_964, 83_653_863
     average = branch
     unet += 16 * (2 * 1280**2 + 640**2)  # the frozen UNet's folded kernels

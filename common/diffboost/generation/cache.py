@@ -139,8 +139,7 @@ def build_cache(
         seed: draws the jitter of each copy, with the slice's index.
         device: where the autoencoder runs.
         batch_size: images encoded at a time.
-        latent_precision: float16, or float32 for latents that are not rounded, as those of encoding in the
-            step.
+        latent_precision: float16, or float32, in which the encoder computes.
 
     Returns:
         One dictionary a slice: ``moments`` (copies, 2C, h, w) of ``latent_precision``, ``edges``

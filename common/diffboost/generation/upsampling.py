@@ -14,7 +14,7 @@ def fold_kernel(weight: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (I, O, 4, 4) for a transposed convolution of stride 2 and padding 1: 16 multiplications a
-        pixel of the image in place of 36. Equal but for rounding; gradients lead back to ``weight``.
+        pixel of the image in place of 36. Equal but for rounding; gradients go to ``weight``.
 
     Source: engineering choice; the doubling is a convolution with a 2 x 2 box, and convolutions
         of convolutions are one (Shi et al. 2016 for the idea of sub-pixel convolution).
