@@ -23,7 +23,8 @@ Diffusion 1.5, random weights, and 128 px: a step has about the same share of en
 upsampling, channels-last layout, the fused AdamW.
 
 Runs twice a model: ``timed_steps`` steps of ``batch_size`` images, whose time is the median after
-the first few, its ratio ours over the peer's; and ``steps`` steps of ``compared_batch_size``, whose
+the first few, its ratio ours over the peer's (that of processor time, which other programs on the
+machine disturb less, stands beside it); and ``steps`` steps of ``compared_batch_size``, whose
 losses are compared (those of the timed steps too). What the cache takes once is shown beside it.
 Ends with a line of JSON; the exit status is 1 if a step's losses differ by more than 1e-5.
 """
@@ -238,8 +239,9 @@ class Duel:
         self.peer = peer
         self.drawn = drawn
         self.seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+        self.cpu_seconds: dict[str, list[float]] = {"ours": [], "peer": []}
         self.losses: dict[str, list[float]] = {"ours": [], "peer": []}
-        self.start = 0.0
+        self.start = (0.0, 0.0)
 
     def attach(self, trainer: Engine) -> None:
         """Listens to our trainer, behind its handlers."""
@@ -247,19 +249,23 @@ class Duel:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._follow)
 
     def _begin(self) -> None:
-        self.start = time.perf_counter()
+        self.start = time.perf_counter(), time.process_time()
+
+    def _note(self, side: str) -> None:
+        """The time since the last start, of the wall's clock and of the processors."""
+        self.seconds[side].append(time.perf_counter() - self.start[0])
+        self.cpu_seconds[side].append(time.process_time() - self.start[1])
 
     def _follow(self, trainer: Engine) -> None:
-        now = time.perf_counter()
-        self.seconds["ours"].append(now - self.start)
+        self._note("ours")
         self.losses["ours"].append(trainer.state.output["loss"].item())
         step = len(self.losses["peer"])
-        now = time.perf_counter()
+        self._begin()
         self.losses["peer"].append(self.peer.step(self.drawn[step]))
-        self.seconds["peer"].append(time.perf_counter() - now)
+        self._note("peer")
         if step + 1 == len(self.drawn):
             trainer.terminate()
-        self.start = time.perf_counter()
+        self._begin()
 
 
 def our_run(folder: Path, backbone: str, size_px: int, batch_size: int) -> ConfigWorkflow:
@@ -302,7 +308,7 @@ def fight(backbone: str, size_px: int, batch_size: int, steps: int, folder: Path
     """So many steps of both sides.
 
     Returns:
-        ``seconds`` an image and ``losses`` of each side and step, ``parameters`` of UNet and
+        ``seconds`` an image, ``cpu_seconds`` a step and ``losses`` of each side, ``parameters`` of UNet and
         branch, and ``caching`` seconds.
     """
     items = slice_items(str(folder / "store"), 0, "training", inner_fraction=0)
@@ -319,6 +325,7 @@ def fight(backbone: str, size_px: int, batch_size: int, steps: int, folder: Path
     networks = (trainer.network, trainer.network.base)
     return {
         "seconds": {k: [s / batch_size for s in v] for k, v in duel.seconds.items()},
+        "cpu_seconds": duel.cpu_seconds,
         "losses": duel.losses,
         "parameters": sum(p.numel() for network in networks for p in network.parameters()),
         "caching": caching,
@@ -338,6 +345,7 @@ def measure(model: str, options: argparse.Namespace) -> dict:
             )
         )
     ours, peer = (timed["seconds"][side][WARM_UP:] for side in ("ours", "peer"))
+    our_cpu, peer_cpu = (timed["cpu_seconds"][side][WARM_UP:] for side in ("ours", "peer"))
     pairs = [
         pair
         for run in (timed, compared)
@@ -349,6 +357,7 @@ def measure(model: str, options: argparse.Namespace) -> dict:
         "peer": median(peer),
         "ratio": median(ours) / median(peer),
         "ratio_of_means": fmean(ours) / fmean(peer),
+        "ratio_of_cpu_time": median(our_cpu) / median(peer_cpu),
         "unit": "s an image",
         "limit": RATIO_LIMIT,
         "largest_loss_difference": max(abs(a - b) for a, b in pairs),

@@ -22,8 +22,8 @@ from diffboost.files import sha256_of_files
 from diffboost.generation.array_files import (
     DONE,
     ArrayFile,
+    CachedItems,
     DoneBatches,
-    load_array,
     make_array_file,
 )
 from diffboost.generation.backbones import backbone_sha256, load_part
@@ -71,45 +71,6 @@ class Jitterd(RandomizableTransform):
             )
             out[key] = affine(data[key])
         return out
-
-
-class CachedItems(Sequence):
-    """A finished cache as items for training; nothing is read before it is used.
-
-    Args:
-        folder: the cache.
-
-    Source: engineering choice.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._moments = ArrayFile(self.folder / "moments.npy")
-        self._edges = ArrayFile(self.folder / "edges.npy")
-        self._contexts = load_array(self.folder / "contexts.npy")
-        self._rows = load_array(self.folder / "rows.npy")
-        fits = self._rows.ndim == 1 and len(self._rows) == len(self._moments) == len(self._edges)
-        if not fits or not (0 <= self._rows).all() or not (self._rows < len(self._contexts)).all():
-            raise ValueError(
-                f"cache_dir: {self.folder}: rows.npy does not fit the others; remove the folder"
-            )
-
-    def __reduce__(self) -> tuple:
-        """Pickles the folder; spawned workers open the files themselves."""
-        return type(self), (self.folder,)
-
-    def __len__(self) -> int:
-        """Number of slices."""
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """``moments``, ``edges``, ``context`` and ``empty_context`` of a slice."""
-        return {
-            "moments": self._moments[index],
-            "edges": self._edges[index],
-            "context": self._contexts[self._rows[index]],
-            "empty_context": self._contexts[0],
-        }
 
 
 def build_cache(
