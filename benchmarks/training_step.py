@@ -308,8 +308,8 @@ def fight(backbone: str, size_px: int, batch_size: int, steps: int, folder: Path
     """So many steps of both sides.
 
     Returns:
-        ``seconds`` an image, ``cpu_seconds`` a step and ``losses`` of each side, ``parameters`` of UNet and
-        branch, and ``caching`` seconds.
+        ``seconds`` an image, ``cpu_seconds`` a step and ``losses`` of each side, ``parameters`` of
+        UNet and branch, and ``caching`` seconds.
     """
     items = slice_items(str(folder / "store"), 0, "training", inner_fraction=0)
     drawn = draws(items, backbone, size_px, batch_size, steps)
