@@ -1,6 +1,6 @@
 """The training step: caches that round nothing, its optimizer, its average, and its peer."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -101,10 +101,9 @@ def test_without_decay_there_is_no_average_and_the_last_weights_are_saved(backbo
         assert torch.equal(saved[name], value)
 
 
-def test_losses_are_those_of_train_controlnet(backbone, tmp_path):
-    spec = importlib.util.spec_from_file_location("step", ROOT / "benchmarks" / "training_step.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+def test_losses_are_those_of_train_controlnet(backbone, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    benchmark = importlib.import_module("training_step")
     phantoms = {"num_images": 4, "image_size_px": 32}
     prepare("phantoms", tmp_path / "store", "radimagenet", 32, "gradient", num_folds=1,
             validation_fraction=0.0, phantoms=phantoms)  # fmt: skip
