@@ -14,6 +14,7 @@ from diffboost.cost.configs import parse, value
 from diffboost.cost.units import Unit
 from diffboost.data.splits import select
 from diffboost.plans import Experiment
+from diffboost.precision import PRECISIONS
 
 NPY_HEADER = 128  # bytes
 # Knobs on which the cost of a variant depends, and those on which that of a segmenter does not.
@@ -129,7 +130,8 @@ class StudyCost:
         unit, text = self._encoding(backbone, size), units.embedding(backbone)
         channels, height, width = units.latent_shape(backbone, size)
         tokens, text_width = units.context_shape(backbone)
-        disk = images * (2 * channels * height * width * 2 + size**2)  # float16 moments, 8-bit edge
+        wide = PRECISIONS[value(parser, "latent_precision", "float16")].itemsize
+        disk = images * (2 * channels * height * width * wide + size**2)  # moments, 8-bit edge
         disk += (prompts + 1) * tokens * text_width * 4 + number * 4  # embeddings and whose
         disk += 4 * NPY_HEADER
         row = _stage(stage, images, unit, fold=fold, disk_bytes=disk)

@@ -102,7 +102,7 @@ def generator_training(parser: ConfigParser) -> Unit:
 
     counted = count(step, [network, network.base])
     trained = _trained(network)
-    average = num_bytes(trained) if "ema_decay" in parser else 0
+    average = num_bytes(trained) if value(parser, "ema_decay", 0) > 0 else 0
     states = optimizer_bytes(optimizer)
     return replace(
         _unit(counted, batch, [], precision),

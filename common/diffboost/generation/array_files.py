@@ -1,9 +1,9 @@
-"""Arrays on disk that processes fill in pieces, and the note of which pieces are there."""
+"""Arrays on disk that processes fill in pieces, the note of which are there, and their items."""
 
 import errno
 import os
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -138,3 +138,42 @@ class DoneBatches:
         with open(self.path, "r+b", buffering=0) as file:
             for number in numbers:
                 os.pwrite(file.fileno(), b"\1", number)
+
+
+class CachedItems(Sequence):
+    """A finished cache as items for training; nothing is read before it is used.
+
+    Args:
+        folder: the cache.
+
+    Source: engineering choice.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._moments = ArrayFile(self.folder / "moments.npy")
+        self._edges = ArrayFile(self.folder / "edges.npy")
+        self._contexts = load_array(self.folder / "contexts.npy")
+        self._rows = load_array(self.folder / "rows.npy")
+        fits = self._rows.ndim == 1 and len(self._rows) == len(self._moments) == len(self._edges)
+        if not fits or not (0 <= self._rows).all() or not (self._rows < len(self._contexts)).all():
+            raise ValueError(
+                f"cache_dir: {self.folder}: rows.npy does not fit the others; remove the folder"
+            )
+
+    def __reduce__(self) -> tuple:
+        """Pickles the folder; spawned workers open the files themselves."""
+        return type(self), (self.folder,)
+
+    def __len__(self) -> int:
+        """Number of slices."""
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """``moments``, ``edges``, ``context`` and ``empty_context`` of a slice."""
+        return {
+            "moments": self._moments[index],
+            "edges": self._edges[index],
+            "context": self._contexts[self._rows[index]],
+            "empty_context": self._contexts[0],
+        }

@@ -22,19 +22,21 @@ from diffboost.files import sha256_of_files
 from diffboost.generation.array_files import (
     DONE,
     ArrayFile,
+    CachedItems,
     DoneBatches,
-    load_array,
     make_array_file,
 )
 from diffboost.generation.backbones import backbone_sha256, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
+from diffboost.knobs import nearest
 from diffboost.locks import hold_folder, release_folder
 from diffboost.processes import is_main_process, process_rank_and_count, wait_for_processes
 from diffboost.records import same_command_goes_on
 
 logger = logging.getLogger(__name__)
 
+LATENT_PRECISIONS = ("float16", "float32")
 FLUSHED_BATCHES = 8  # are lost at most, and encoded again, when a process is killed
 
 
@@ -71,45 +73,6 @@ class Jitterd(RandomizableTransform):
         return out
 
 
-class CachedItems(Sequence):
-    """A finished cache as items for training; nothing is read before it is used.
-
-    Args:
-        folder: the cache.
-
-    Source: engineering choice.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self._moments = ArrayFile(self.folder / "moments.npy")
-        self._edges = ArrayFile(self.folder / "edges.npy")
-        self._contexts = load_array(self.folder / "contexts.npy")
-        self._rows = load_array(self.folder / "rows.npy")
-        fits = self._rows.ndim == 1 and len(self._rows) == len(self._moments) == len(self._edges)
-        if not fits or not (0 <= self._rows).all() or not (self._rows < len(self._contexts)).all():
-            raise ValueError(
-                f"cache_dir: {self.folder}: rows.npy does not fit the others; remove the folder"
-            )
-
-    def __reduce__(self) -> tuple:
-        """Pickles the folder; spawned workers open the files themselves."""
-        return type(self), (self.folder,)
-
-    def __len__(self) -> int:
-        """Number of slices."""
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """``moments``, ``edges``, ``context`` and ``empty_context`` of a slice."""
-        return {
-            "moments": self._moments[index],
-            "edges": self._edges[index],
-            "context": self._contexts[self._rows[index]],
-            "empty_context": self._contexts[0],
-        }
-
-
 def build_cache(
     data: Sequence[dict],
     backbone: str,
@@ -120,6 +83,7 @@ def build_cache(
     seed: int = 0,
     device: str | torch.device = "cpu",
     batch_size: int = 32,
+    latent_precision: str = "float16",
 ) -> CachedItems:
     """Items for training the generator, backed by files on disk; built if not there yet.
 
@@ -136,13 +100,15 @@ def build_cache(
         seed: draws the jitter of each copy, with the slice's index.
         device: where the autoencoder runs.
         batch_size: images encoded at a time.
+        latent_precision: float16, or float32, in which the encoder computes.
 
     Returns:
-        One dictionary a slice: ``moments`` (copies, 2C, h, w) float16, ``edges`` (copies, 1, H, W)
-        uint8, ``context`` and ``empty_context`` (tokens, width) float32.
+        One dictionary a slice: ``moments`` (copies, 2C, h, w) of ``latent_precision``, ``edges``
+        (copies, 1, H, W) uint8, ``context`` and ``empty_context`` (tokens, width) float32.
 
     Raises:
-        ValueError: ``num_copies`` and ``jitter`` contradict each other.
+        ValueError: ``num_copies`` and ``jitter`` contradict each other, or ``latent_precision`` is
+            none of its two.
         OSError: there is no room for the files, or they cannot be written.
         BlockingIOError: another run is building it.
 
@@ -150,7 +116,13 @@ def build_cache(
     """
     if (jitter is None) != (num_copies == 1):
         raise ValueError(f"num_copies: {num_copies} with jitter {jitter}; 1 means no jitter")
-    folder = Path(cache_dir) / _cache_key(data, backbone, image_size, jitter, num_copies, seed)
+    if latent_precision not in LATENT_PRECISIONS:
+        raise ValueError(
+            f"latent_precision: {latent_precision!r} is not known; "
+            f"{nearest(latent_precision, LATENT_PRECISIONS)}"
+        )
+    key = _cache_key(data, backbone, image_size, jitter, num_copies, seed, latent_precision)
+    folder = Path(cache_dir) / key
     there = folder.is_dir()
     wait_for_processes()  # all have looked before one of them begins
     if there:
@@ -159,7 +131,15 @@ def build_cache(
     partial_dir = folder.with_name(folder.name + ".partial")
     autoencoder = GrayscaleAutoencoder(load_part(backbone, "vae")).to(device).eval()
     pictures = _Pictures(
-        data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size
+        data,
+        autoencoder,
+        image_size,
+        jitter,
+        num_copies,
+        seed,
+        device,
+        batch_size,
+        latent_precision,
     )
     done = DoneBatches(partial_dir, len(pictures), batch_size)
     with same_command_goes_on(partial_dir):
@@ -199,11 +179,12 @@ def _drop_notes(folder: Path) -> None:
             path.unlink()
 
 
-def _cache_key(data, backbone, image_size, jitter, num_copies, seed) -> str:
+def _cache_key(data, backbone, image_size, jitter, num_copies, seed, latent_precision) -> str:
     """Names a cache by what is in it; a store's slices are known by the hashes of its index."""
     digest = hashlib.sha256()
     draws = (jitter.rotation_degrees, jitter.crop, seed) if jitter is not None else None
-    digest.update(repr((backbone_sha256(backbone), image_size, num_copies, draws)).encode())
+    content = (backbone_sha256(backbone), image_size, num_copies, draws, latent_precision)
+    digest.update(repr(content).encode())
     if isinstance(data, SliceItems):
         digest.update(data.fingerprint().encode())
     else:
@@ -227,12 +208,22 @@ class _Pictures:
     """The pictures of a cache, jittered, in batches.
 
     Args:
-        data, image_size, jitter, num_copies, seed, device, batch_size: see :func:`build_cache`.
+        data, image_size, jitter, num_copies, seed, device, batch_size, latent_precision: see
+            :func:`build_cache`.
         autoencoder: encodes the images.
     """
 
     def __init__(
-        self, data, autoencoder, image_size, jitter, num_copies, seed, device, batch_size
+        self,
+        data,
+        autoencoder,
+        image_size,
+        jitter,
+        num_copies,
+        seed,
+        device,
+        batch_size,
+        latent_precision,
     ) -> None:
         self.data = data
         self.autoencoder = autoencoder
@@ -242,6 +233,7 @@ class _Pictures:
         self.seed = seed
         self.device = device
         self.batch_size = batch_size
+        self.latent_precision = latent_precision
         self.load = LoadSliced(["image", "edge"], image_size=image_size)
 
     def __len__(self) -> int:
@@ -254,7 +246,7 @@ class _Pictures:
         side = self.image_size // 2 ** (len(config.block_out_channels) - 1)
         moments = (2 * config.latent_channels, side, side)
         return {
-            "moments": ("float16", moments),
+            "moments": (self.latent_precision, moments),
             "edges": ("uint8", (1, self.image_size, self.image_size)),
         }
 
@@ -265,7 +257,7 @@ class _Pictures:
         samples = [self._sample(*place) for place in places]
         images = torch.stack([torch.as_tensor(sample["image"]) for sample in samples]).float()
         with torch.inference_mode():
-            encoded = self.autoencoder.encode(images.to(self.device)).half().cpu().numpy()
+            encoded = self.autoencoder.encode(images.to(self.device)).cpu().numpy()
         for place, moment, sample in zip(places, encoded, samples, strict=True):
             moments.write(*place, moment)
             edges.write(*place, np.clip(np.asarray(sample["edge"]) * 255 + 0.5, 0, 255))

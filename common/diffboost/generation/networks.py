@@ -10,6 +10,7 @@ from torch import nn
 from diffboost.data.weights import read_state
 from diffboost.generation.backbones import has_part, load_part
 from diffboost.generation.single_file import fill_branch, key_groups
+from diffboost.generation.upsampling import fold_upsampling
 from diffboost.precision import autocast_dtype
 
 
@@ -54,6 +55,7 @@ class ControlledUNet(nn.Module):
             self.controlnet = ControlNetModel.from_unet(unet)
         if weights is not None:
             self._load(unet, Path(weights))
+        fold_upsampling(unet, frozen=not train_base)
         self.controlnet.requires_grad_(True)
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -152,6 +154,7 @@ class GrayscaleAutoencoder(nn.Module):
 
     def __init__(self, autoencoder: AutoencoderKL) -> None:
         super().__init__()
+        fold_upsampling(autoencoder)
         self.autoencoder = autoencoder
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from diffboost.processes import ShareOfLoss
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("one_cycle", "constant")
+FUSED_DEVICES = ("cpu", "cuda")  # whose AdamW is one kernel in torch
 
 
 def check_scale(
@@ -101,6 +102,8 @@ def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
 def build_optimizer(network: nn.Module, optimizer_name: str, learning_rate: float) -> Optimizer:
     """AdamW with torch's defaults over what is trained, its states in 32 or 8 bits.
 
+    One kernel updates all parameters of a device that has it.
+
     Args:
         network: its parameters that require gradients are trained.
         optimizer_name: adamw, or adamw8bit (bitsandbytes): a quarter of the states' memory.
@@ -116,7 +119,9 @@ def build_optimizer(network: nn.Module, optimizer_name: str, learning_rate: floa
         from bitsandbytes.optim import AdamW8bit  # optional, for CUDA alone
 
         return AdamW8bit(trained_parameters(network), lr=learning_rate)
-    return torch.optim.AdamW(trained_parameters(network), lr=learning_rate)
+    parameters = trained_parameters(network)
+    fused = all(parameter.device.type in FUSED_DEVICES for parameter in parameters)
+    return torch.optim.AdamW(parameters, lr=learning_rate, fused=fused)
 
 
 def build_schedule(

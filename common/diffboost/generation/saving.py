@@ -92,7 +92,8 @@ class AveragedWeightsSaver:
         network: the network in training; its parameters that require gradients are averaged.
         output_dir: folder for the two files.
         lineage: see :func:`trace_lineage`.
-        decay: of the average; it warms up as (1 + step) / (10 + step). 0 keeps the last weights.
+        decay: of the average; it warms up as (1 + step) / (10 + step). 0: there is no average, and
+            the last weights are saved.
 
     Source: diffusers' EMAModel; the released code has no average (facts 3).
     """
@@ -104,13 +105,16 @@ class AveragedWeightsSaver:
         self.output_dir = Path(output_dir)
         self.lineage = lineage
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.average = EMAModel(self.parameters, decay=decay, foreach=True)
+        self.average = None
+        if decay > 0:
+            self.average = EMAModel(self.parameters, decay=decay, foreach=True)
 
     def attach(self, engine: Engine) -> None:
         """Listen to the trainer."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
         engine.add_event_handler(Events.COMPLETED, self._save)
-        announce(engine, "average", self)
+        if self.average is not None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
+            announce(engine, "average", self)
 
     def state_dict(self) -> dict:
         """The average and its count of steps."""
@@ -127,10 +131,12 @@ class AveragedWeightsSaver:
     def _save(self, engine: Engine) -> None:
         if not is_main_process():
             return
-        self.average.store(self.parameters)
-        self.average.copy_to(self.parameters)
+        if self.average is not None:
+            self.average.store(self.parameters)
+            self.average.copy_to(self.parameters)
         save_weights(self.network, self.output_dir / "model.pt")
-        self.average.restore(self.parameters)
+        if self.average is not None:
+            self.average.restore(self.parameters)
         lineage = {**self.lineage, "steps": engine.state.iteration}
         write_lineage(self.output_dir / "lineage.json", lineage)
 

@@ -52,6 +52,7 @@ def training_items(
     num_copies: int = 1,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    latent_precision: str = "float16",
 ) -> Sequence[dict]:
     """Items for training the generator, with cached latents or with paths.
 
@@ -60,7 +61,8 @@ def training_items(
             (:func:`diffboost.generation.cache.build_cache`); otherwise keep nothing, and the step
             encodes, with a new jitter in every epoch instead of ``num_copies``.
         data: the slices.
-        backbone, cache_dir, image_size, jitter, num_copies, seed, device: as for the cache.
+        backbone, cache_dir, image_size, jitter, num_copies, seed, device, latent_precision: as for
+            the cache.
 
     Returns:
         What ``DrawDiffusionTargetsd`` takes, a dictionary a slice.
@@ -70,5 +72,13 @@ def training_items(
     if not cache_latents:
         return StreamedItems(data, backbone, device)
     return build_cache(
-        data, backbone, cache_dir, image_size, jitter, num_copies, seed=seed, device=device
+        data,
+        backbone,
+        cache_dir,
+        image_size,
+        jitter,
+        num_copies,
+        seed=seed,
+        device=device,
+        latent_precision=latent_precision,
     )
