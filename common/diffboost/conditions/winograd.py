@@ -1,0 +1,188 @@
+"""HED on gray images by Winograd's convolutions: a quarter of the multiplications, same maps."""
+
+import torch
+from torch import nn
+from torch.nn.functional import conv2d, interpolate, max_pool2d, relu
+
+TILE_PX = 4  # of the output; F(4x4, 3x3)
+CHUNK_BYTES = 1 << 22  # of transformed tiles at a time: they stay in a processor's cache
+PASS_PX = 1 << 18  # pixels of a pass: layers of four images of 256 px, or of one of 512 px
+
+# Transforms of a 6 x 6 tile of input, of a kernel and of the products, by rows and by columns.
+_INPUT = (
+    (4, 0, -5, 0, 1, 0), (0, -4, -4, 1, 1, 0), (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0), (0, 2, -1, -2, 1, 0), (0, 4, 0, -5, 0, 1),
+)  # fmt: skip
+_KERNEL = (
+    (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1),
+)  # fmt: skip
+_OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
+_CONSTANT = 7  # place (1, 1) of a tile's products: what is added there is added to every output
+
+
+class Workspace:
+    """Memory that layers use in turn: fresh pages for each would cost as much as a convolution."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """Float32 of this shape with any content, valid until the name is taken again."""
+        size = torch.Size(shape).numel()
+        part = self.parts.get(name)
+        if part is None or part.numel() < size:
+            part = self.parts[name] = torch.empty(size, device=device)
+        return part[:size].view(shape)
+
+
+class WinogradConvolution:
+    """A 3x3 convolution with stride 1, its bias and a ReLU, on padded images (B, H, W, C).
+
+    Images stand in a frame of zeros: one pixel above and to the left, and below and to the right
+    as many as fill whole tiles and one more.
+
+    Args:
+        convolution: weights and bias; padding 1.
+        workspace: shared by layers that run one after the other.
+        number: in the network; even and odd layers write into different memory.
+
+    Source: Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, workspace: Workspace, number: int) -> None:
+        weight = convolution.weight.detach()
+        device, (outputs, inputs) = weight.device, weight.shape[:2]
+        kernel = torch.tensor(_KERNEL, dtype=torch.float64)
+        weight = torch.einsum("ai,ocij,bj->abco", kernel, weight.cpu().double(), kernel)
+        self.weight = weight.reshape(36, inputs, outputs).float().to(device)
+        self.bias = convolution.bias.detach()
+        self.to_tiles, self.to_outputs = (
+            torch.kron(matrix, matrix).to(device)
+            for matrix in (torch.tensor(_INPUT).float(), torch.tensor(_OUTPUT).float())
+        )
+        self.workspace = workspace
+        self.name = f"images {number % 2}"
+
+    def __call__(self, framed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the convolution makes of framed images, framed.
+
+        Args:
+            framed: float32 (B, 4 ceil(H / 4) + 2, 4 ceil(W / 4) + 2, C).
+            height, width: H, W.
+        """
+        batch, (rows, columns) = len(framed), (-(-height // TILE_PX), -(-width // TILE_PX))
+        outputs, size = self.weight.shape[2], (batch, *framed.shape[1:3])
+        result = self.workspace.take(self.name, (*size, self.weight.shape[2]), framed.device)
+        tile_row = 4 * 36 * columns * max(self.weight.shape[1:])  # bytes
+        images = max(1, min(batch, CHUNK_BYTES // (tile_row * rows)))
+        some = max(1, min(rows, CHUNK_BYTES // tile_row))
+        for first in range(0, batch, images):
+            for row in range(0, rows, some):
+                part = slice(TILE_PX * row, min(TILE_PX * (row + some), TILE_PX * rows) + 2)
+                tiles = self._transform(framed[first : first + images, part])
+                inner = result[first : first + images, part.start + 1 : part.stop - 1, 1:-1]
+                target = inner.unflatten(2, (columns, TILE_PX)).unflatten(1, (-1, TILE_PX))
+                tiles = tiles.view(TILE_PX, TILE_PX, len(target), -1, columns, outputs)
+                torch.clamp(tiles.permute(2, 3, 0, 4, 1, 5), min=0, out=target)
+        return clear_frame(result, height, width)
+
+    def _transform(self, framed: torch.Tensor) -> torch.Tensor:
+        """Output tiles, (16, tiles x outputs), of a part of the images."""
+        batch, height, width, channels = framed.shape
+        rows, columns = (height - 2) // TILE_PX, (width - 2) // TILE_PX
+        step = framed.stride()
+        shape = (6, 6, batch, rows, columns, channels)
+        strides = (step[1], step[2], step[0], TILE_PX * step[1], TILE_PX * step[2], 1)
+        count, outputs = batch * rows * columns, self.weight.shape[2]
+        take, device = self.workspace.take, framed.device
+        tiles = take("tiles", shape, device).copy_(
+            framed.as_strided(shape, strides, framed.storage_offset())
+        )
+        turned = take("turned tiles", (36, count * channels), device)
+        torch.mm(self.to_tiles, tiles.view(36, -1), out=turned)
+        products = take("products", (36, count, outputs), device)
+        torch.bmm(turned.view(36, count, channels), self.weight, out=products)
+        products[_CONSTANT] += self.bias
+        result = take("outputs", (TILE_PX**2, count * outputs), device)
+        return torch.mm(self.to_outputs, products.view(36, -1), out=result)
+
+
+def clear_frame(framed: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Sets to zero what is around the images, in place."""
+    framed[:, 0] = framed[:, height + 1 :] = 0
+    framed[:, :, 0] = framed[:, :, width + 1 :] = 0
+    return framed
+
+
+class GrayHed:
+    """controlnet_aux's HED network on gray images, fused: the same maps but for rounding.
+
+    Gray makes three equal channels, whose kernels are added up beforehand; the means that the
+    network subtracts stand in a second, constant channel, for zeros are padded after them.
+
+    Args:
+        network: ControlNetHED_Apache2 with its weights; not changed.
+
+    Source: engineering choice (issue 6: edges at 0.7 of the peer's time).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.workspace = Workspace()
+        blocks = [getattr(network, f"block{number}") for number in range(1, 6)]
+        first = blocks[0].convs[0]
+        gray = first.weight.detach().sum(1, keepdim=True)
+        means = (first.weight.detach() * network.norm.detach()).sum(1, keepdim=True)
+        self.first_weight, self.first_bias = torch.cat([gray, -means], 1), first.bias.detach()
+        convolutions = [list(block.convs)[number == 0 :] for number, block in enumerate(blocks)]
+        self.blocks = [
+            [
+                WinogradConvolution(layer, self.workspace, place)
+                for place, layer in enumerate(layers)
+            ]
+            for layers in convolutions
+        ]
+        self.sides = [
+            (block.projection.weight.detach().flatten(), block.projection.bias.detach())
+            for block in blocks
+        ]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Fused maps: sigmoid of the mean of the side outputs, each enlarged to the image.
+
+        Args:
+            images: float32 (B, 1, H, W) in [-1, 1].
+
+        Returns:
+            float32 (B, 1, H, W) in [0, 1].
+        """
+        some = max(1, PASS_PX // (images.shape[-2] * images.shape[-1]))
+        return torch.cat([self._fuse(part) for part in images.split(some)])
+
+    def _fuse(self, images: torch.Tensor) -> torch.Tensor:
+        """The maps of one pass."""
+        total = torch.zeros_like(images)
+        levels = torch.cat([(images + 1) * 127.5, torch.ones_like(images)], 1)
+        hidden = relu(conv2d(levels, self.first_weight, self.first_bias, padding=1))
+        for number, (layers, (weight, bias)) in enumerate(
+            zip(self.blocks, self.sides, strict=True)
+        ):
+            if number:
+                hidden = max_pool2d(hidden, 2)
+            height, width = hidden.shape[-2:]
+            framed = self._frame(hidden)
+            for layer in layers:
+                framed = layer(framed, height, width)
+            inner = framed[:, 1 : height + 1, 1 : width + 1]
+            side = (inner @ weight + bias)[:, None]
+            total += side if number == 0 else interpolate(side, images.shape[-2:], mode="bilinear")
+            hidden = inner.permute(0, 3, 1, 2)
+        return torch.sigmoid(total / len(self.sides))
+
+    def _frame(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) as framed ones (B, …, …, C)."""
+        batch, channels, height, width = hidden.shape
+        size = (-(-side // TILE_PX) * TILE_PX + 2 for side in (height, width))
+        framed = self.workspace.take("framed", (batch, *size, channels), hidden.device)
+        framed[:, 1 : height + 1, 1 : width + 1] = hidden.permute(0, 2, 3, 1)
+        return clear_frame(framed, height, width)
