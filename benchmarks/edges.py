@@ -15,12 +15,12 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from controlnet_aux.hed import ControlNetHED_Apache2, HEDdetector
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -28,6 +28,10 @@ from diffboost.conditions.edges import load_edge_detector
 from diffboost.conditions.hed_weights import bsds500_file
 from diffboost.data.weights import load_weights
 from diffboost.store_writer import EDGE_BATCH
+
+with warnings.catch_warnings():  # it loads all its annotators, whose libraries warn
+    warnings.simplefilter("ignore")
+    from controlnet_aux.hed import ControlNetHED_Apache2, HEDdetector
 
 LIMIT = 0.7
 LARGEST_DIFFERENCE = 1  # levels of 255
@@ -62,17 +66,11 @@ def make_images(data: Path | None, count: int, size: int) -> np.ndarray:
     return np.clip(128 + 60 * np.tanh(4 * shapes) + 20 * speckle, 0, 255).astype(np.uint8)
 
 
-def time_of(work: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """Seconds of a call, and what it gave."""
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
-
-
 def main() -> int:
     """Times both in turn and prints what came out."""
     options = read_arguments()
     torch.set_num_threads(options.threads)
+    cv2.setNumThreads(options.threads)
     detector = load_edge_detector("hed-bsds500", options.weights, size_px=options.size)
     network = ControlNetHED_Apache2()
     load_weights(network, bsds500_file(options.weights))
@@ -89,14 +87,14 @@ def main() -> int:
         return np.stack([peer(picture, **size, output_type="np")[..., 0] for picture in pictures])
 
     seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+    maps = {}
     for number in range(options.rounds + 1):
         for name, work in (("ours", run_ours), ("peer", run_peer)):
-            spent, maps = time_of(work)
-            if name == "ours":
-                ours = maps
+            start = time.perf_counter()
+            maps[name] = work()
             if number:  # the first round warms up
-                seconds[name].append(1000 * spent / options.images)
-    difference = np.abs(ours.astype(int) - maps)
+                seconds[name].append(1000 * (time.perf_counter() - start) / options.images)
+    difference = np.abs(maps["ours"].astype(int) - maps["peer"])
     times = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["peer"], strict=True)]
     print(f"{options.images} images of {options.size} px, {options.rounds} rounds, "

@@ -2,10 +2,12 @@
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, interpolate, max_pool2d, relu
+from torch.nn.functional import interpolate, pad
 
 TILE_PX = 4  # of the output; F(4x4, 3x3)
-CHUNK_BYTES = 1 << 22  # of transformed tiles at a time: they stay in a processor's cache
+# Transformed tiles at a time: they stay in a processor's cache. Where a layer has more weights, as
+# much as these, for they are read for each chunk.
+CHUNK_BYTES = 1 << 22
 PASS_PX = 1 << 18  # pixels of a pass: layers of four images of 256 px, or of one of 512 px
 
 # Transforms of a 6 x 6 tile of input, of a kernel and of the products, by rows and by columns.
@@ -75,8 +77,9 @@ class WinogradConvolution:
         outputs, size = self.weight.shape[2], (batch, *framed.shape[1:3])
         result = self.workspace.take(self.name, (*size, self.weight.shape[2]), framed.device)
         tile_row = 4 * 36 * columns * max(self.weight.shape[1:])  # bytes
-        images = max(1, min(batch, CHUNK_BYTES // (tile_row * rows)))
-        some = max(1, min(rows, CHUNK_BYTES // tile_row))
+        chunk = max(CHUNK_BYTES, 4 * self.weight.numel())
+        images = max(1, min(batch, chunk // (tile_row * rows)))
+        some = max(1, min(rows, chunk // tile_row))
         for first in range(0, batch, images):
             for row in range(0, rows, some):
                 part = slice(TILE_PX * row, min(TILE_PX * (row + some), TILE_PX * rows) + 2)
@@ -131,9 +134,9 @@ class GrayHed:
         self.workspace = Workspace()
         blocks = [getattr(network, f"block{number}") for number in range(1, 6)]
         first = blocks[0].convs[0]
-        gray = first.weight.detach().sum(1, keepdim=True)
-        means = (first.weight.detach() * network.norm.detach()).sum(1, keepdim=True)
-        self.first_weight, self.first_bias = torch.cat([gray, -means], 1), first.bias.detach()
+        weight = first.weight.detach()
+        planes = torch.stack([weight.sum(1), -(weight * network.norm.detach()).sum(1)], -1)
+        self.first_weight, self.first_bias = planes.flatten(1).T, first.bias.detach()
         convolutions = [list(block.convs)[number == 0 :] for number, block in enumerate(blocks)]
         self.blocks = [
             [
@@ -162,27 +165,44 @@ class GrayHed:
     def _fuse(self, images: torch.Tensor) -> torch.Tensor:
         """The maps of one pass."""
         total = torch.zeros_like(images)
-        levels = torch.cat([(images + 1) * 127.5, torch.ones_like(images)], 1)
-        hidden = relu(conv2d(levels, self.first_weight, self.first_bias, padding=1))
+        hidden = self._start(images)
         for number, (layers, (weight, bias)) in enumerate(
             zip(self.blocks, self.sides, strict=True)
         ):
-            if number:
-                hidden = max_pool2d(hidden, 2)
-            height, width = hidden.shape[-2:]
-            framed = self._frame(hidden)
+            framed = self._shrink(hidden) if number else hidden
+            height, width = (side >> number for side in images.shape[-2:])
             for layer in layers:
                 framed = layer(framed, height, width)
-            inner = framed[:, 1 : height + 1, 1 : width + 1]
-            side = (inner @ weight + bias)[:, None]
+            hidden = framed[:, 1 : height + 1, 1 : width + 1]
+            side = (hidden @ weight + bias)[:, None]
             total += side if number == 0 else interpolate(side, images.shape[-2:], mode="bilinear")
-            hidden = inner.permute(0, 3, 1, 2)
         return torch.sigmoid(total / len(self.sides))
 
-    def _frame(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) as framed ones (B, …, …, C)."""
-        batch, channels, height, width = hidden.shape
-        size = (-(-side // TILE_PX) * TILE_PX + 2 for side in (height, width))
-        framed = self.workspace.take("framed", (batch, *size, channels), hidden.device)
-        framed[:, 1 : height + 1, 1 : width + 1] = hidden.permute(0, 2, 3, 1)
+    def _start(self, images: torch.Tensor) -> torch.Tensor:
+        """The first layer's framed images, as one product with the 3 x 3 places of two planes."""
+        levels = pad((images[:, 0] + 1) * 127.5, (1, 1, 1, 1))
+        planes = torch.stack([levels, pad(torch.ones_like(images[:, 0]), (1, 1, 1, 1))], -1)
+        batch, _, height, width = images.shape
+        step = planes.stride()
+        places = planes.as_strided((batch, height, width, 3, 3, 2), (*step[:3], *step[1:3], 1))
+        hidden = torch.addmm(self.first_bias, places.reshape(-1, 18), self.first_weight)
+        framed, inner = self._frame(batch, height, width, hidden.shape[1], images.device)
+        torch.clamp(hidden.view(inner.shape), min=0, out=inner)
         return clear_frame(framed, height, width)
+
+    def _shrink(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Images (B, H, W, C) to their maxima in squares of two pixels, framed."""
+        batch, height, width, channels = hidden.shape
+        height, width = height // 2, width // 2
+        rows = torch.maximum(hidden[:, 0 : 2 * height : 2], hidden[:, 1 : 2 * height : 2])
+        framed, inner = self._frame(batch, height, width, channels, hidden.device)
+        torch.maximum(rows[:, :, 0 : 2 * width : 2], rows[:, :, 1 : 2 * width : 2], out=inner)
+        return clear_frame(framed, height, width)
+
+    def _frame(
+        self, batch: int, height: int, width: int, channels: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for framed images, and the part inside the frame."""
+        size = (-(-side // TILE_PX) * TILE_PX + 2 for side in (height, width))
+        framed = self.workspace.take("framed", (batch, *size, channels), device)
+        return framed, framed[:, 1 : height + 1, 1 : width + 1]
