@@ -1,6 +1,6 @@
 """A training step of the segmenter against a plain loop that reads .npz, with equal losses.
 
-    python benchmarks/segmentation_step.py [--size 64] [--steps 40] [--arm diffboost] [--threads 1]
+    python benchmarks/segmentation_step.py [--size 64] [--steps N] [--arm diffboost] [--threads 1]
         [--variants 4] [--channels_last true] [--scratch DIR]
 
 Ours is the segmentation bundle's train.yaml as it stands: loader, transforms, inferer, loss,
@@ -22,11 +22,10 @@ The last line is JSON; the exit code is 1 where losses are not equal.
 import argparse
 import copy
 import json
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,8 @@ CONFIG = Path(__file__).parents[1] / "bundles/diffboost_segmentation/configs/tra
 LIMIT = 0.8
 FIRST_LOSS, MEAN_LOSS = 1e-5, 0.05  # absolute at the first step; relative over all
 PHANTOMS = {"num_training": 6, "num_test": 1, "size_px": 64, "num_slices": 8}
-WARM_UP = 3  # steps that are not counted
+WARM_UP = 1  # steps that are not counted
+STEPS, STEPS_PX = 40, 64  # by default, at this size; fewer at others, two at least
 
 
 def read_arguments() -> argparse.Namespace:
@@ -55,13 +55,17 @@ def read_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", type=int, default=64, help="px of a slice, a multiple of 32")
-    parser.add_argument("--steps", type=int, default=40, help="counted steps of each side")
+    parser.add_argument(
+        "--steps", type=int, help="counted steps of each side; fewer at larger sizes"
+    )
     parser.add_argument("--arm", default="diffboost", choices=["diffboost", "baseline"])
     parser.add_argument("--threads", type=int, default=1, help="of torch, for all")
     parser.add_argument("--variants", type=int, default=4, help="of each slice")
     parser.add_argument("--channels_last", default="true", choices=["true", "false"])
     parser.add_argument("--scratch", type=Path, help="where to make a folder for the data")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.steps = options.steps or max(2, STEPS * STEPS_PX**2 // options.size**2)
+    return options
 
 
 def write_stores(folder: Path, size: int, num_variants: int) -> tuple[Path, Path]:
@@ -181,49 +185,52 @@ def plain_steps(network: torch.nn.Module, samples: NpzSamples, passes: int) -> I
 
 def run_in_turn(
     parser: ConfigParser, peers: dict[str, Iterator[float]], steps: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and losses of each side; the peers step behind each of our trainer's steps."""
-    trainer = parser.get_parsed_content("train::trainer")
-    seconds: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
-    losses: dict[str, list[float]] = {name: [] for name in seconds}
-    started = 0.0
+) -> dict[str, pd.DataFrame]:
+    """Of each side a row a step: ``seconds``, ``cpu_seconds`` of this process, ``loss``.
 
-    def measure(name: str, step: Callable[[], float]) -> None:
-        start = time.perf_counter()
-        losses[name].append(step())
-        seconds[name].append(time.perf_counter() - start)
+    The peers step behind each of our trainer's steps.
+    """
+    trainer = parser.get_parsed_content("train::trainer")
+    rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in ("ours", *peers)}
+    started = (0.0, 0.0)
 
     def begin() -> None:
         nonlocal started
-        started = time.perf_counter()
+        started = (time.perf_counter(), time.process_time())
+
+    def end(name: str, loss: float) -> None:
+        seconds = (time.perf_counter() - started[0], time.process_time() - started[1])
+        rows[name].append((*seconds, loss))
+        begin()
 
     def end_step() -> None:
-        seconds["ours"].append(time.perf_counter() - started)
-        losses["ours"].append(trainer.state.output["loss"].item())
+        end("ours", trainer.state.output["loss"].item())
         for name, iterator in peers.items():
-            measure(name, iterator.__next__)
-        if len(losses["ours"]) == steps:
+            end(name, next(iterator))
+        if len(rows["ours"]) == steps:
             trainer.terminate()
-        begin()
 
     trainer.add_event_handler(Events.STARTED, begin)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, end_step)  # behind the train metric
     trainer.run()
-    return seconds, losses
+    columns = ["seconds", "cpu_seconds", "loss"]
+    return {name: pd.DataFrame(values, columns=columns) for name, values in rows.items()}
 
 
-def report(seconds: dict, losses: dict, options: argparse.Namespace) -> int:
+def report(steps: dict[str, pd.DataFrame], options: argparse.Namespace) -> int:
     """Prints what came out; 1 where the losses of ours and peer are not equal."""
-    times = {name: 1000 * statistics.median(v[WARM_UP:]) for name, v in seconds.items()}
-    first, last = (abs(losses["ours"][at] - losses["peer"][at]) for at in (0, -1))
-    means = [statistics.mean(losses[name]) for name in ("ours", "peer")]
-    apart = abs(means[0] - means[1]) / means[1]
+    middle = {name: 1000 * rows[WARM_UP:].median() for name, rows in steps.items()}
+    times = {name: values.seconds for name, values in middle.items()}
+    losses = {name: rows.loss for name, rows in steps.items()}
+    differences = (losses["ours"] - losses["peer"]).abs()
+    first, apart = differences[0], abs(losses["ours"].mean() / losses["peer"].mean() - 1)
     print(f"{options.arm} at {options.size} px, batch 8, {options.threads} threads, "
           f"{options.steps} steps; milliseconds a step:")  # fmt: skip
-    for name, value in times.items():
-        print(f"  {name:9s} {value:9.1f}   mean loss {statistics.mean(losses[name]):.4f}")
-    print(f"losses of ours and peer: {first:.1e} apart at the first step, {last:.1e} at the last; "
-          f"their means by {100 * apart:.2f} %")  # fmt: skip
+    for name, values in middle.items():
+        print(f"  {name:9s} {values.seconds:9.1f}, of the processor {values.cpu_seconds:9.1f}; "
+              f"mean loss {losses[name].mean():.4f}")  # fmt: skip
+    print(f"losses of ours and peer: {first:.1e} apart at the first step, {differences.max():.1e} "
+          f"at most; their means by {100 * apart:.2f} %")  # fmt: skip
     record = {
         "name": "segmentation_step",
         "ours": round(times["ours"], 2),
@@ -231,6 +238,7 @@ def report(seconds: dict, losses: dict, options: argparse.Namespace) -> int:
         "ratio": round(times["ours"] / times["peer"], 4),
         "unit": "ms a step",
         "limit": LIMIT,
+        "cpu_ratio": round(middle["ours"].cpu_seconds / middle["peer"].cpu_seconds, 4),
         "released": round(times["released"], 2),
         "ratio_to_released": round(times["ours"] / times["released"], 4),
         "size_px": options.size,
@@ -256,8 +264,8 @@ def main() -> int:
             "peer": plain_steps(plain[0], samples, passes=1),
             "released": plain_steps(plain[1], samples, passes=2),
         }
-        seconds, losses = run_in_turn(parser, peers, steps)
-    return report(seconds, losses, options)
+        measured = run_in_turn(parser, peers, steps)
+    return report(measured, options)
 
 
 if __name__ == "__main__":
