@@ -91,11 +91,12 @@ def test_evaluation_scores_every_test_case_in_its_own_geometry(folder):
         assert dice.value.item() == pytest.approx(by_hand, abs=1e-6)
 
 
-def test_worker_count_changes_no_weight(folder):
-    alone, helped = (
-        train(folder, f"workers_{n}", arm="diffboost+nnunet", num_workers=n) for n in (0, 2)
+def test_workers_and_memory_change_no_weight(folder):
+    settings = {"alone": {}, "helped": {"num_workers": 2}, "reading": {"cache_gib": 0}}
+    alone, helped, reading = (
+        train(folder, name, arm="diffboost+nnunet", **knobs) for name, knobs in settings.items()
     )
-    assert same(alone, helped)
+    assert same(alone, helped) and same(alone, reading)
 
 
 KNOBS = {
@@ -111,6 +112,7 @@ KNOBS = {
     "inner_fraction": 0.5,
     "num_cases": 3,
     "amp": True,
+    "channels_last": False,
 }
 
 

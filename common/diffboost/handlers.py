@@ -20,9 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 def save_weights(network: nn.Module, path: Path) -> None:
-    """Write a network's plain state dict (CPU tensors, loads with ``weights_only=True``)."""
+    """Write a network's plain state dict (CPU tensors, loads with ``weights_only=True``).
+
+    Whatever the network's layout in memory, the file has rows of rows.
+    """
     network = getattr(network, "module", network)
-    state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+    state = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
     write_aside(path, functools.partial(save_tensors, state))
 
 

@@ -5,6 +5,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from diffboost.data.containment import read_file, refuse_special
@@ -43,6 +44,30 @@ def read_image(path: str | Path, key: str) -> Image.Image:
         raise ValueError(
             f"{key}: {path} cannot be read, truncated or of another format: {error}"
         ) from error
+
+
+def read_levels(path: str | Path, key: str) -> np.ndarray:
+    """The levels of a whole picture, (H, W), as its file has them.
+
+    Args:
+        path, key: see :func:`read_image`; the key ``label`` takes 8-bit gray or palettes alone.
+
+    Returns:
+        uint8 of an 8-bit picture and uint16 of a 16-bit one; float32 luminance, 0 to 255, of RGB.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_image`; or a label of another kind.
+
+    Source: engineering choice (design, "Slice store").
+    """
+    picture = read_image(path, key)
+    if key == "label":
+        if picture.mode not in ("L", "P", "1"):
+            raise ValueError(f"label: a picture of mode {picture.mode}; 8-bit gray is needed")
+        return np.array(picture, dtype=np.uint8)
+    if picture.mode == "L" or picture.mode.startswith("I"):
+        return np.array(picture)
+    return np.array(picture.convert("F"))
 
 
 def picture_size(path: str | Path, key: str) -> tuple[int, int]:

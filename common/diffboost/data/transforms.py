@@ -21,10 +21,10 @@ from monai.transforms import (
     Transform,
     Transposed,
 )
-from PIL import Image
 from torch.nn.functional import interpolate
 
-from diffboost.data.images import read_image
+from diffboost.data.images import read_levels
+from diffboost.data.memory import PictureMemory
 from diffboost.data.tasks import AXCODES
 
 AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -42,6 +42,7 @@ class LoadSliced(MapTransform):
         image_size: side to which slices of another size are resized, in pixels (bilinear with
             anti-aliasing; labels nearest); None keeps the size on disk.
         allow_missing_keys: skip keys that an item does not have.
+        memory: keeps decoded pictures; None reads their files each time.
 
     Raises:
         ValueError: a key outside this vocabulary; when called, a picture that is damaged.
@@ -54,18 +55,20 @@ class LoadSliced(MapTransform):
         keys: KeysCollection,
         image_size: int | None = None,
         allow_missing_keys: bool = False,
+        memory: PictureMemory | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         unknown = set(self.keys) - {"image", "synthetic", "label", "edge"}
         if unknown:
             raise ValueError(f"keys: {sorted(unknown)}; allowed: image, synthetic, label, edge")
         self.image_size = image_size
+        self.read = read_levels if memory is None else memory.read
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
         """A copy of ``data`` with tensors in place of the paths."""
         item = dict(data)
         for key in self.key_iterator(item):
-            pixels = _read_pixels(read_image(item[key], str(key)), key)
+            pixels = _to_units(self.read(item[key], str(key)), key)
             item[key] = self._resize(pixels, nearest=key == "label")
         return item
 
@@ -79,17 +82,15 @@ class LoadSliced(MapTransform):
         return interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
 
 
-def _read_pixels(file: Image.Image, key: Hashable) -> torch.Tensor:
-    """A picture as tensor (1, H, W), scaled by what the key stands for."""
+def _to_units(levels: np.ndarray, key: Hashable) -> torch.Tensor:
+    """Levels (H, W) as tensor (1, H, W), scaled by what the key stands for."""
     if key == "label":
-        if file.mode not in ("L", "P", "1"):
-            raise ValueError(f"label: a picture of mode {file.mode}; 8-bit gray is needed")
-        return torch.from_numpy(np.array(file, dtype=np.uint8))[None]
-    sixteen_bit = file.mode.startswith("I")
-    pixels = torch.from_numpy(np.array(file.convert("F")))[None]  # RGB: luminance
+        return torch.from_numpy(levels)[None]
+    pixels = torch.from_numpy(levels.astype(np.float32))[None]
     if key == "edge":
         return pixels / 255
-    return pixels / (32767.5 if sixteen_bit else 127.5) - 1
+    eight_bit = levels.dtype in (np.uint8, np.float32)  # gray; luminance of RGB
+    return pixels / (127.5 if eight_bit else 32767.5) - 1
 
 
 class MapLabelsd(MapTransform):

@@ -20,6 +20,7 @@ from monai.transforms import (
 )
 from scipy.ndimage import gaussian_filter
 
+from diffboost.data.memory import PictureMemory
 from diffboost.segmentation.merging import (
     SYNTHETIC_ARM,
     PickVariantd,
@@ -190,7 +191,9 @@ def _classical(name: str, images: list[str]) -> list[Transform]:
     return []  # baseline
 
 
-def augmentation(arm: str, alpha: float = 0.6, patch_size: int = 16) -> Compose:
+def augmentation(
+    arm: str, alpha: float = 0.6, patch_size: int = 16, memory: PictureMemory | None = None
+) -> Compose:
     """The random transforms of an arm, from a loaded slice to a training sample.
 
     In: ``image`` float32 and ``label`` uint8, both (1, H, W); with variants also ``variants``, the
@@ -203,6 +206,7 @@ def augmentation(arm: str, alpha: float = 0.6, patch_size: int = 16) -> Compose:
         arm: one of ARMS.
         alpha: chance in [0, 1] that a patch of the merge mask is real (paper: 0.6).
         patch_size: side of such a patch in pixels (paper: 64 of 384).
+        memory: keeps decoded variants; None reads their files each time.
 
     Raises:
         ValueError: unknown arm.
@@ -213,9 +217,10 @@ def augmentation(arm: str, alpha: float = 0.6, patch_size: int = 16) -> Compose:
     merges = needs_variants and arm != SYNTHETIC_ARM
     images = ["image", "synthetic"] if merges else ["image"]
     extra = ["merge_mask"] if merges else []
+    variant = "synthetic" if merges else "image"
     return Compose(
         [
-            *([PickVariantd("synthetic" if merges else "image")] if needs_variants else []),
+            *([PickVariantd(variant, memory)] if needs_variants else []),
             *_classical(classical, images),
             *([RandMergeMaskd(alpha, patch_size)] if merges else []),
             SelectItemsd([*images, *extra, "label", "case"], allow_missing_keys=True),

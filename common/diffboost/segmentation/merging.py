@@ -10,6 +10,7 @@ from monai.inferers import Inferer
 from monai.transforms import RandomizableTransform
 
 from diffboost.data.manifest import read_manifest
+from diffboost.data.memory import PictureMemory
 from diffboost.data.transforms import LoadSliced
 from diffboost.knobs import nearest
 
@@ -90,6 +91,7 @@ class PickVariantd(RandomizableTransform):
 
     Args:
         key: where it goes: "synthetic", beside the real slice, or "image", in its place.
+        memory: keeps decoded pictures; None reads their files each time.
 
     Raises:
         ValueError: the variant's shape is not the slice's.
@@ -97,10 +99,10 @@ class PickVariantd(RandomizableTransform):
     Source: facts 23 (each epoch one of N variants, so steps do not grow with N)
     """
 
-    def __init__(self, key: str = "synthetic") -> None:
+    def __init__(self, key: str = "synthetic", memory: PictureMemory | None = None) -> None:
         super().__init__(prob=1.0)
         self.key = key
-        self.load = LoadSliced("synthetic")
+        self.load = LoadSliced("synthetic", memory=memory)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         """The item with a variant at ``key``."""
