@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -14,12 +15,10 @@ import fire
 
 from diffboost.audit.commands import AUDITS
 from diffboost.data.tasks import read_task
-from diffboost.exhibits import EXHIBITS
 from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.plans import check_target
-from diffboost.report import write_report
-from diffboost.stages import WORKFLOW
+from diffboost.stages import WORKFLOW, stays_on_this_machine, warm_programs
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ def study(
     runs_dir: str | None = None,
     snakemake: str = "",
     target: str = "report",
+    warm: bool = True,
 ) -> None:
     """Runs an experiment file to runs/<name>/report/index.html; what is done is not done again.
 
@@ -46,6 +46,9 @@ def study(
         snakemake: more options for Snakemake in one string, such as "--executor slurm --jobs 50".
         target: what to make: report (all that the file orders), table1, table2, figure4, figure6
             or figure7.
+        warm: stages share a process that has done their imports; not with several processes a
+            stage, nor where Snakemake's options name an executor or a profile. The results are
+            the same.
     """
     path = Path(experiment).absolute()
     try:
@@ -63,11 +66,15 @@ def study(
     command += ["--dry-run"] * dry_run + shlex.split(snakemake)
     command += ["--config", f"experiment={path}", f"started_in={Path.cwd()}"]
     command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
-    # The stages are found by the name `python`: it must be this one, also outside an active venv.
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with (run_dir / ".lock").open("w") as lock:
+    here = stays_on_this_machine(shlex.split(snakemake))
+    with (run_dir / ".lock").open("w") as lock, ExitStack() as stack:
         _hold(lock, run_dir)
-        code = subprocess.run(command, check=False, env=os.environ | {"PATH": programs}).returncode
+        # The stages are found by the name `python`: it must be this one, also outside a venv.
+        programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        if warm and here and not dry_run:
+            programs.insert(0, str(stack.enter_context(warm_programs())))
+        environment = os.environ | {"PATH": os.pathsep.join(programs)}
+        code = subprocess.run(command, check=False, env=environment).returncode
     if code:
         raise SystemExit(code)
     if not dry_run and target == "report":
@@ -81,6 +88,10 @@ def report(run_dir: str, only: str | None = None) -> None:
         run_dir: the folder, such as runs/demo.
         only: write only this one, of what has been run: table2, figure4, figure6, figure7.
     """
+    # pandas, matplotlib and torch take seconds
+    from diffboost.exhibits import EXHIBITS
+    from diffboost.report import write_report
+
     if only is None:
         write_report(run_dir)
         return
