@@ -22,8 +22,11 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signa
 # What a shell sets anew for every command, and no library reads when it is imported.
 SHELLS_OWN = ("PWD", "OLDPWD", "SHLVL", "_")
 WARM = {"python": ["-m", "monai.bundle"], "diffboost": []}  # how a command that is run warm begins
+# The last line of a warm stage's log. Snakemake measures what is below its own shell: the client.
+USAGE = "warm process: {seconds:.1f} s, {cpu_seconds:.1f} s of CPU, {peak_mib:.0f} MiB at most"
 # Devices are then counted without a use of CUDA, which no fork could take up.
 COUNT_DEVICES = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+MOST_PROCESSES = 4  # of a study: a stage's threads are a part of its environment
 LISTENER = 3  # the number under which a new warm process finds its socket
 
 
@@ -104,6 +107,9 @@ def connect(folder: Path) -> socket.socket:
         try:
             connection.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
+            others = [each for each in folder.iterdir() if each.is_socket() and str(each) != path]
+            if len(others) >= MOST_PROCESSES:
+                raise OSError(f"the study has {MOST_PROCESSES}, of other environments") from None
             _start(folder, path)
             connection.connect(path)
     return connection
@@ -153,8 +159,7 @@ def run_warm(folder: Path, words: list[str]) -> int:
         except (EOFError, OSError):
             _wait_for(process)  # it goes with its parent, and lets go of what it held
             raise
-    usage = "{seconds:.1f} s, {cpu_seconds:.1f} s of CPU, {peak_mib:.0f} MiB at most"
-    sys.stderr.write(f"warm process: {usage.format(**ended)}\n")
+    sys.stderr.write(USAGE.format(**ended) + "\n")
     return ended["status"]
 
 

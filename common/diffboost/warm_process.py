@@ -32,9 +32,10 @@ import torch
 from monai.transforms import Randomizable
 
 import diffboost
-from diffboost.warm_client import LISTENER, WARM, receive, send
+from diffboost.warm_client import COUNT_DEVICES, LISTENER, SHELLS_OWN, WARM, receive, send
 
 PATIENCE = 5  # seconds that a client has for its request
+TORCH_SEED = 67280421310721  # with which old versions of torch begin
 LOOK_AGAIN = 0.5  # seconds between two looks whether the study still runs
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 # What torch imports at the first step of an optimizer, not before.
@@ -92,6 +93,8 @@ class WarmProcess:
                         self._report(key.data)
                     elif key.data.has_client:  # it is gone: its stage goes too
                         self._kill(key.data)
+        for stage in self.stages:
+            self._kill(stage)
         return None
 
     def _accept(self) -> dict | None:
@@ -236,19 +239,24 @@ def take_over(descriptors: list[int]) -> None:
 
 
 def become(request: dict) -> None:
-    """Takes a new process's folder, environment, words and random states.
+    """Takes a new process's folder, variables and random states.
 
-    torch's generators need nothing: they begin with the same seed in every process.
+    Of the variables only a shell's own can differ, for the environment named the socket; those that
+    libraries set when they were imported stay, as they would.
 
     Source: engineering choice
     """
     os.chdir(request["cwd"])
     os.umask(request["umask"])
-    os.environ.clear()
-    os.environ.update(request["environment"])
+    for name in (*SHELLS_OWN, *COUNT_DEVICES):
+        os.environ.pop(name, None)
+        if name in request["environment"]:
+            os.environ[name] = request["environment"][name]
     sys.orig_argv = request["words"]
     np.random.seed()
     Randomizable.R = np.random.RandomState()  # MONAI's, of transforms that nobody seeded
+    if torch.initial_seed() != TORCH_SEED:  # new versions of torch begin with a seed of chance
+        torch.default_generator.seed()
 
 
 def start_cold(request: dict) -> None:
