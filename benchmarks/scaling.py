@@ -83,7 +83,7 @@ def write_generator(scratch: Path) -> None:
         output_dir=str(scratch / "generator"),
         inner_fraction=0.0,
         epochs=1,
-        num_copies=1,
+        num_copies=2,
         device="cpu",
     )
 

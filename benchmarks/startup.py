@@ -40,7 +40,7 @@ STUDY = {
     "protocol": "sound",
     "arms": ["baseline", "diffboost"],
     "prepare": {"phantoms": {"num_training": 6, "num_test": 2, "num_slices": 3}},
-    "finetune": {"epochs": 1, "num_copies": 1},
+    "finetune": {"epochs": 1, "num_copies": 2},
     "synthesis": {"ratio": 1, "num_inference_steps": 2, "guidance_scale": 1.0},
     "segmentation": {"epochs": 2},
 }
