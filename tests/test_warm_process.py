@@ -19,7 +19,7 @@ from torchrun import bundle_settings
 from diffboost import warm_process
 from diffboost.files import sha256_of_files
 from diffboost.results import read_costs
-from diffboost.stages import stays_on_this_machine
+from diffboost.stages import why_cold
 from diffboost.warm_client import receive, send
 
 HOLD = """
@@ -222,10 +222,12 @@ def test_memory_of_a_warm_stage_is_read_from_its_log(tmp_path):
     assert read_costs(tmp_path)["memory_mib"].to_dict() == {"prepare": 640.0, "evaluate": 12.0}
 
 
-def test_executors_and_profiles_keep_stages_cold():
-    assert stays_on_this_machine(["--forceall", "--jobs", "2"])
-    assert not stays_on_this_machine(["--executor", "slurm"])
-    assert not stays_on_this_machine(["--profile=workflow/profiles/slurm"])
+def test_executors_and_profiles_keep_stages_cold(monkeypatch):
+    assert why_cold(["--forceall", "--jobs", "2"]) is None
+    for options in (["--executor", "slurm"], ["--profile=workflow/profiles/slurm"]):
+        assert why_cold(options) == "Snakemake's options name an executor or a profile"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert why_cold([]) == "a warm process needs Linux, not darwin"
 
 
 def test_warm_processes_end_with_a_study_that_is_killed(programs, tmp_path):

@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +18,7 @@ from diffboost.data.tasks import read_task
 from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.plans import check_target
-from diffboost.stages import WORKFLOW, stays_on_this_machine, warm_programs
+from diffboost.stages import WORKFLOW, warm_programs, why_cold
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +66,9 @@ def study(
     command += ["--dry-run"] * dry_run + shlex.split(snakemake)
     command += ["--config", f"experiment={path}", f"started_in={Path.cwd()}"]
     command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
-    here = stays_on_this_machine(shlex.split(snakemake))
-    with (run_dir / ".lock").open("w") as lock, ExitStack() as stack:
+    with (run_dir / ".lock").open("w") as lock:
         _hold(lock, run_dir)
-        # The stages are found by the name `python`: it must be this one, also outside a venv.
-        programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
-        if warm and here and not dry_run:
-            programs.insert(0, str(stack.enter_context(warm_programs())))
-        environment = os.environ | {"PATH": os.pathsep.join(programs)}
-        code = subprocess.run(command, check=False, env=environment).returncode
+        code = _run(command, warm and not dry_run, why_cold(shlex.split(snakemake)))
     if code:
         raise SystemExit(code)
     if not dry_run and target == "report":
@@ -135,6 +129,18 @@ def cost(
         sys.stdout.write(show_cost(experiment, device, target, **sizes))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
+
+
+def _run(command: list[str], warm: bool, cold: str | None) -> int:
+    """Runs Snakemake, its stages in a warm process if that is wanted and can be; the exit code."""
+    # The stages are found by the name `python`: it must be this one, also outside an active venv.
+    programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    if warm and cold:
+        logger.info("stages start cold: %s", cold)
+    with warm_programs() if warm and not cold else nullcontext() as folder:
+        programs[:0] = [str(folder)] if folder else []
+        environment = os.environ | {"PATH": os.pathsep.join(programs)}
+        return subprocess.run(command, check=False, env=environment).returncode
 
 
 def _check_backbone(backbone: str) -> None:

@@ -90,11 +90,17 @@ def warm_programs() -> Iterator[Path]:
             yield folder
 
 
-def stays_on_this_machine(options: list[str]) -> bool:
-    """Whether Snakemake, given these options, runs its jobs itself.
+def why_cold(options: list[str]) -> str | None:
+    """Why stages cannot share a process, or None where they can.
+
+    Args:
+        options: those for Snakemake.
 
     Source: engineering choice
     """
+    if sys.platform != "linux":
+        return f"a warm process needs Linux, not {sys.platform}"
     elsewhere = ("--executor", "--profile", "--workflow-profile", "-e")
-    named = any(word.split("=")[0] in elsewhere for word in options)
-    return not named and "SNAKEMAKE_PROFILE" not in os.environ
+    if any(word.split("=")[0] in elsewhere for word in options):
+        return "Snakemake's options name an executor or a profile"
+    return "SNAKEMAKE_PROFILE is set" if "SNAKEMAKE_PROFILE" in os.environ else None

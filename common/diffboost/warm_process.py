@@ -94,7 +94,8 @@ class WarmProcess:
                     elif key.data.has_client:  # it is gone: its stage goes too
                         self._kill(key.data)
         for stage in self.stages:
-            self._kill(stage)
+            if stage.has_client:
+                self._kill(stage)
         return None
 
     def _accept(self) -> dict | None:
