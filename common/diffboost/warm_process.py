@@ -9,12 +9,10 @@ stays single-threaded in Python, touches no CUDA, draws no random number, and en
 """
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import os
 import pkgutil
-import runpy
 import selectors
 import shutil
 import signal
@@ -27,19 +25,15 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch
-from monai.transforms import Randomizable
 
 import diffboost
-from diffboost.warm_client import COUNT_DEVICES, LISTENER, SHELLS_OWN, WARM, receive, send
+from diffboost.warm_client import LISTENER, WARM, receive, send
+from diffboost.warm_stage import become, die_with, run_stage, start_cold, take_over
 
 PATIENCE = 5  # seconds that a client has for its request
-TORCH_SEED = 67280421310721  # with which old versions of torch begin
 LOOK_AGAIN = 0.5  # seconds between two looks whether the study still runs
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-# What torch imports at the first step of an optimizer, not before.
-LATER = ("torch._dynamo",)
+LATER = ("monai.bundle",)  # what stages import besides the package
 
 
 @dataclass
@@ -128,6 +122,8 @@ class WarmProcess:
         self, connection: socket.socket, request: dict, descriptors: list[int]
     ) -> dict | None:
         """A new process that becomes the stage, watched by this one."""
+        sys.stdout.flush()
+        sys.stderr.flush()
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -221,66 +217,6 @@ def check_request(request: dict, descriptors: list[int]) -> None:
         raise ValueError(f"words: {request['words'][:3]}; {WARM} are run")
     if len(descriptors) != 3:
         raise ValueError(f"{len(descriptors)} open files; 3 are needed")
-
-
-def die_with(parent: int) -> None:
-    """In a forked process: a session of its own, and the end when its parent ends."""
-    os.setsid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that took hold
-        os._exit(1)
-
-
-def take_over(descriptors: list[int]) -> None:
-    """In a forked process: the client's standard input, output and error become its own."""
-    for number, descriptor in enumerate(descriptors):
-        os.dup2(descriptor, number)
-        os.close(descriptor)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))
-
-
-def become(request: dict) -> None:
-    """Takes a new process's folder, variables and random states.
-
-    Of the variables only a shell's own can differ, for the environment named the socket; those that
-    libraries set when they were imported stay, as they would.
-
-    Source: engineering choice
-    """
-    os.chdir(request["cwd"])
-    os.umask(request["umask"])
-    for name in (*SHELLS_OWN, *COUNT_DEVICES):
-        os.environ.pop(name, None)
-        if name in request["environment"]:
-            os.environ[name] = request["environment"][name]
-    sys.orig_argv = request["words"]
-    np.random.seed()
-    Randomizable.R = np.random.RandomState()  # MONAI's, of transforms that nobody seeded
-    if torch.initial_seed() != TORCH_SEED:  # new versions of torch begin with a seed of chance
-        torch.default_generator.seed()
-
-
-def start_cold(request: dict) -> None:
-    """Replaces this process by the command of a request, and says so."""
-    name = request["words"][0]
-    sys.stderr.write(f"what was imported uses CUDA, which no fork can: {name} starts cold\n")
-    sys.stderr.flush()
-    os.execvp(name, request["words"])
-
-
-def run_stage(request: dict) -> None:
-    """Runs the command of a request in this process, as `python` and its words would."""
-    name, *words = request["words"]
-    if name == "python":
-        if not getattr(sys.flags, "safe_path", False):  # Python 3.11's -P
-            sys.path[0] = os.getcwd()
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        program = shutil.which(name)
-        sys.path[0] = os.path.dirname(program)
-        sys.argv = [program, *words]
-        runpy.run_path(program, run_name="__main__")
 
 
 def main() -> None:
