@@ -14,7 +14,8 @@ from monai.bundle import ConfigParser
 from small_store import write_store, write_variants
 
 from diffboost.data.slices import slice_items
-from diffboost.segmentation.merging import ARMS, split_arm, variants_by_slice
+from diffboost.segmentation.arms import ARMS, split_arm
+from diffboost.segmentation.merging import variants_by_slice
 from diffboost.segmentation.training import selection_items, training_items
 
 CONFIGS = Path(__file__).parents[1] / "bundles" / "diffboost_segmentation" / "configs"

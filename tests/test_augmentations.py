@@ -9,8 +9,8 @@ from monai.transforms import Compose
 from diffboost.data.addresses import AddressedDataset, AddressedSampler
 from diffboost.data.slices import write_image, write_label
 from diffboost.data.transforms import LoadSliced
+from diffboost.segmentation.arms import CLASSICAL_ARMS
 from diffboost.segmentation.augmentations import augmentation
-from diffboost.segmentation.merging import CLASSICAL_ARMS
 from diffboost.segmentation.spatial import RandWarpd
 
 SIZE = 40

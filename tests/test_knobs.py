@@ -1,12 +1,21 @@
 """Misspelt knobs are refused: in mappings, on the command line of a bundle run, by `diffboost`."""
 
+import inspect
 import subprocess
 import sys
 
 import pytest
+from monai.bundle.scripts import run
 
 from diffboost import cli
-from diffboost.knobs import check_command_line, config_paths, nearest, read_flags, refuse_unknown
+from diffboost.knobs import (
+    RUNNER_ARGUMENTS,
+    check_command_line,
+    config_paths,
+    nearest,
+    read_flags,
+    refuse_unknown,
+)
 
 RUNNER = "site-packages/monai/bundle/__main__.py"
 TRAIN = """
@@ -47,6 +56,16 @@ def test_refuse_unknown_names_place_key_and_value():
 def test_flags_are_read_in_both_forms():
     words = ["run", "--epochs", "3", "--dry-run", "--alpha=0.6", "--x", "-1"]
     assert read_flags(words) == {"epochs": "3", "dry-run": "", "alpha": "0.6", "x": "-1"}
+
+
+def test_the_runners_own_arguments_are_monais():
+    assert RUNNER_ARGUMENTS == set(inspect.signature(run).parameters) - {"override"}
+
+
+def test_a_study_is_planned_without_torch():
+    code = "import sys; import diffboost.cli, diffboost.plans; "
+    code += "sys.exit(bool({'torch', 'monai', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_config_file_may_be_a_list():

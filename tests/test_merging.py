@@ -6,11 +6,11 @@ import torch
 from small_store import write_store, write_variants
 
 from diffboost.data.slices import slice_items
+from diffboost.segmentation.arms import split_arm
 from diffboost.segmentation.merging import (
     MergeInferer,
     PickVariantd,
     RandMergeMaskd,
-    split_arm,
     variants_by_slice,
 )
 from diffboost.segmentation.training import prepare_batch, training_items

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
 
@@ -14,12 +15,10 @@ import fire
 
 from diffboost.audit.commands import AUDITS
 from diffboost.data.tasks import read_task
-from diffboost.exhibits import EXHIBITS
 from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.plans import check_target
-from diffboost.report import write_report
-from diffboost.stages import WORKFLOW
+from diffboost.stages import WORKFLOW, warm_programs, why_cold
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,7 @@ def study(
     runs_dir: str | None = None,
     snakemake: str = "",
     target: str = "report",
+    warm: bool = True,
 ) -> None:
     """Runs an experiment file to runs/<name>/report/index.html; what is done is not done again.
 
@@ -46,6 +46,9 @@ def study(
         snakemake: more options for Snakemake in one string, such as "--executor slurm --jobs 50".
         target: what to make: report (all that the file orders), table1, table2, figure4, figure6
             or figure7.
+        warm: stages share a process that has done their imports; not with several processes a
+            stage, nor where Snakemake's options name an executor or a profile. The results are
+            the same.
     """
     path = Path(experiment).absolute()
     try:
@@ -63,11 +66,9 @@ def study(
     command += ["--dry-run"] * dry_run + shlex.split(snakemake)
     command += ["--config", f"experiment={path}", f"started_in={Path.cwd()}"]
     command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
-    # The stages are found by the name `python`: it must be this one, also outside an active venv.
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (run_dir / ".lock").open("w") as lock:
         _hold(lock, run_dir)
-        code = subprocess.run(command, check=False, env=os.environ | {"PATH": programs}).returncode
+        code = _run(command, warm and not dry_run, why_cold(shlex.split(snakemake)))
     if code:
         raise SystemExit(code)
     if not dry_run and target == "report":
@@ -81,6 +82,10 @@ def report(run_dir: str, only: str | None = None) -> None:
         run_dir: the folder, such as runs/demo.
         only: write only this one, of what has been run: table2, figure4, figure6, figure7.
     """
+    # pandas, matplotlib and torch take seconds
+    from diffboost.exhibits import EXHIBITS
+    from diffboost.report import write_report
+
     if only is None:
         write_report(run_dir)
         return
@@ -124,6 +129,18 @@ def cost(
         sys.stdout.write(show_cost(experiment, device, target, **sizes))
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
+
+
+def _run(command: list[str], warm: bool, cold: str | None) -> int:
+    """Runs Snakemake, its stages in a warm process if that is wanted and can be; the exit code."""
+    # The stages are found by the name `python`: it must be this one, also outside an active venv.
+    programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    if warm and cold:
+        logger.info("stages start cold: %s", cold)
+    with warm_programs() if warm and not cold else nullcontext() as folder:
+        programs[:0] = [str(folder)] if folder else []
+        environment = os.environ | {"PATH": os.pathsep.join(programs)}
+        return subprocess.run(command, check=False, env=environment).returncode
 
 
 def _check_backbone(backbone: str) -> None:

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from monai.bundle import ConfigParser
-
-from diffboost.data.documents import read_yaml
+from diffboost.data.documents import read_config, read_yaml
 from diffboost.knobs import nearest, refuse_unknown
 from diffboost.plans import (
     DEFAULT_NETWORK,
@@ -17,7 +15,7 @@ from diffboost.plans import (
     ablated_knobs,
     settings,
 )
-from diffboost.segmentation.merging import ARMS
+from diffboost.segmentation.arms import ARMS
 from diffboost.stages import WORKFLOW, stage_configs
 
 SECTIONS = ("prepare", "finetune", "synthesis", "segmentation", "evaluate")
@@ -290,4 +288,4 @@ def _check_knobs(section: Mapping, config_file: str | Path, where: str) -> None:
 
 def _load(config_file: str | Path | None) -> dict:
     """A config file's content as it is written; nothing for None."""
-    return ConfigParser.load_config_file(config_file) if config_file else {}
+    return read_config(config_file, "config_file") if config_file else {}

@@ -2,16 +2,23 @@
 
 import ast
 import difflib
-import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from monai.bundle import ConfigParser
-from monai.bundle.scripts import run
+from diffboost.data.documents import read_config
 
 # What `monai.bundle run` takes itself, and ids that MONAI reads though no config need hold them.
-RUNNER_ARGUMENTS = set(inspect.signature(run).parameters) - {"override"}
+RUNNER_ARGUMENTS = {
+    "run_id",
+    "init_id",
+    "final_id",
+    "meta_file",
+    "config_file",
+    "logging_file",
+    "tracking",
+    "args_file",
+}
 RUNNER_IDS = {"bundle_root", "run_name", "_meta_"}
 
 
@@ -95,10 +102,10 @@ def check_command_line() -> None:
     flags = read_flags(sys.argv[1:])
     settings = dict(flags)
     if "args_file" in flags:
-        settings = ConfigParser.load_config_file(flags["args_file"]) | flags
+        settings = read_config(flags["args_file"], "args_file") | flags
     files = settings.get("config_file", [])
     files = config_paths(files) if isinstance(files, str) else files
-    known = set().union(*(ConfigParser.load_config_file(path) for path in files))
+    known = set().union(*(read_config(path, "config_file") for path in files))
     known = {_top_level(key) for key in known} | RUNNER_IDS | RUNNER_ARGUMENTS
     overrides = {_top_level(key): value for key, value in settings.items()}
     try:

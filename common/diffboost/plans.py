@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffboost.knobs import nearest
-from diffboost.segmentation.merging import split_arm
+from diffboost.segmentation.arms import split_arm
 
 # The network of the segmentation bundle's train.yaml; each other one has an overlay beside it.
 DEFAULT_NETWORK = "attention_unet"

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from dataclasses import fields
 from importlib import metadata
@@ -118,6 +119,8 @@ def load_metrics(path: str | Path) -> pd.DataFrame:
 def read_costs(run_dir: Path) -> pd.DataFrame:
     """Cost of each stage, from Snakemake's benchmark files, in the order in which the stages run.
 
+    The memory of a stage that ran in the study's warm process stands in the last line of its log.
+
     Returns:
         Index stage; columns jobs (count), seconds (sum over jobs), memory_mib (largest resident set
         of a job with its child processes).
@@ -127,15 +130,26 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
     rows = []
     for path in sorted((run_dir / "benchmarks").rglob("*.tsv")):
         table = read_csv(path, "benchmarks", ["s", "max_rss"], sep="\t", na_values="-")
+        log = run_dir / "logs" / path.relative_to(run_dir / "benchmarks").with_suffix(".log")
+        rss = _warm_memory(log) or table["max_rss"].iloc[-1]
         stage = path.name.split(".")[0]
-        rows.append(
-            {"stage": stage, "seconds": table["s"].iloc[-1], "rss": table["max_rss"].iloc[-1]}
-        )
+        rows.append({"stage": stage, "seconds": table["s"].iloc[-1], "rss": rss})
     costs = pd.DataFrame(rows, columns=["stage", "seconds", "rss"]).groupby("stage")
     costs = costs.agg(
         jobs=("seconds", "size"), seconds=("seconds", "sum"), memory_mib=("rss", "max")
     )
     return costs.reindex([stage for stage in STAGES if stage in costs.index])
+
+
+def _warm_memory(log: Path) -> float | None:
+    """Peak memory in MiB that the log of a warm stage ends with; None of another."""
+    if not log.is_file():
+        return None
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 200))
+        end = file.read().decode(errors="replace")
+    found = re.search(r"^warm process: .* (\d+) MiB at most$", end.rstrip("\n"), re.M)
+    return float(found[1]) if found else None
 
 
 def read_edge_agreement(run_dir: Path) -> dict | None:

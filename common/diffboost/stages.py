@@ -1,11 +1,17 @@
 """The stages of a study: the config of each, and the command that runs one."""
 
+import fcntl
+import os
 import shlex
-from collections.abc import Mapping
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffboost.data.documents import read_yaml
 
+CLIENT = Path(__file__).with_name("warm_client.py")
 WORKFLOW = Path(__file__).parents[2] / "workflow"
 
 
@@ -61,3 +67,40 @@ def bundle_run(
     for key, value in (settings | dict(knobs)).items():
         words += [f"--{key}", str(value) if isinstance(value, str | Path) else repr(value)]
     return shlex.join(words)
+
+
+@contextmanager
+def warm_programs() -> Iterator[Path]:
+    """A folder to put first on the PATH of stages, whose imports are then done once.
+
+    It holds a `python` and a `diffboost` that hand their work to a warm process, see `warm_client`,
+    and the sockets of these, for this user alone. Warm processes end with the block, or when this
+    process ends without leaving it.
+
+    Source: engineering choice (issue 6, "Start-up")
+    """
+    with tempfile.TemporaryDirectory(prefix="diffboost-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        for program in ("python", "diffboost"):
+            words = [sys.executable, "-I", "-S", str(CLIENT), name, program]
+            (folder / program).write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+            (folder / program).chmod(0o700)
+        with (folder / "study").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+
+
+def why_cold(options: list[str]) -> str | None:
+    """Why stages cannot share a process, or None where they can.
+
+    Args:
+        options: those for Snakemake.
+
+    Source: engineering choice
+    """
+    if sys.platform != "linux":
+        return f"a warm process needs Linux, not {sys.platform}"
+    elsewhere = ("--executor", "--profile", "--workflow-profile", "-e")
+    if any(word.split("=")[0] in elsewhere for word in options):
+        return "Snakemake's options name an executor or a profile"
+    return "SNAKEMAKE_PROFILE is set" if "SNAKEMAKE_PROFILE" in os.environ else None

@@ -124,6 +124,7 @@ rule finetune:
     benchmark:
         "benchmarks/finetune.fold{fold}.tsv"
     threads: ALL_CORES
+    priority: 1  # most trainings wait for it; at the end, one long one would be left alone
     message:
         "finetune the generator on fold {wildcards.fold}"
     shell:
@@ -159,6 +160,7 @@ rule synthesize:
     benchmark:
         "benchmarks/{setting}synthesize.fold{fold}.tsv"
     threads: ALL_CORES
+    priority: 1  # most trainings wait for it; at the end, one long one would be left alone
     message:
         "synthesize variants for {wildcards.setting}fold {wildcards.fold}"
     shell:

@@ -21,12 +21,8 @@ from monai.transforms import (
 from scipy.ndimage import gaussian_filter
 
 from diffboost.data.memory import PictureMemory
-from diffboost.segmentation.merging import (
-    SYNTHETIC_ARM,
-    PickVariantd,
-    RandMergeMaskd,
-    split_arm,
-)
+from diffboost.segmentation.arms import SYNTHETIC_ARM, split_arm
+from diffboost.segmentation.merging import PickVariantd, RandMergeMaskd
 from diffboost.segmentation.spatial import RandWarpd
 
 IMAGE_STD = 0.5  # standard deviation of a slice in [-1, 1]; nnU-Net's unit of noise is one of these

@@ -8,7 +8,8 @@ from monai.engines.utils import PrepareBatch
 
 from diffboost.data.slices import read_store, slice_items
 from diffboost.knobs import nearest
-from diffboost.segmentation.merging import SYNTHETIC_ARM, split_arm, variants_by_slice
+from diffboost.segmentation.arms import SYNTHETIC_ARM, split_arm
+from diffboost.segmentation.merging import variants_by_slice
 
 SELECTIONS = ("inner_validation", "test")
 STORE_CHANNELS = 1  # a slice store holds gray slices
