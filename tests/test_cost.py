@@ -304,3 +304,23 @@ def test_bad_input_names_the_key(paper_fold, tmp_path, settings, words):
     with pytest.raises(SystemExit) as refused:
         cli.cost(str(paper_fold), runs_dir=str(tmp_path), **settings)
     assert re.search(words, str(refused.value))
+
+
+def test_an_auto_ratio_is_bounded_by_its_budget_or_its_largest(study):
+    written = yaml.safe_load((study / "small.yaml").read_text())
+    written["synthesis"]["ratio"] = "auto"
+
+    def planned(**search):
+        path = study / "auto.yaml"
+        path.write_text(yaml.safe_dump(written | {"auto_ratio": search}))
+        stages = plan_study(path, runs_dir=study / "runs")[1]
+        return {stage.stage: stage for stage in stages if stage.stage in ("probes", "synthesize")}
+
+    whole = planned(max_ratio=10, budget={"hours": 1}, epochs=1, seeds=[0])
+    assert whole["synthesize"].what == "at most ratio 10"
+    fixed = {**written, "synthesis": {**written["synthesis"], "ratio": 10}, "name": "small"}
+    (study / "fixed.yaml").write_text(yaml.safe_dump(fixed))
+    stages = plan_study(study / "fixed.yaml", runs_dir=study / "runs")[1]
+    assert whole["synthesize"].flops in [stage.flops for stage in stages]
+    small = planned(max_ratio=10, budget={"tflop": 1e-6})
+    assert small["synthesize"].what == "at most ratio 1" and small["probes"].flops == 0

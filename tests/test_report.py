@@ -1,5 +1,6 @@
 """The report: hand-computed statistics, and the page of a small made-up study."""
 
+import html
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ from PIL import Image
 from small_store import write_store, write_variants
 
 from diffboost import cli
+from diffboost.ratio import Budget, Price, judge
+from diffboost.ratio_record import decision
 from diffboost.report import number, probability, seconds, signed, write_report
 from diffboost.results import load_metrics
 from diffboost.statistics import case_values, describe, paired_difference, summarize
@@ -218,3 +221,20 @@ def test_figures_for_people():
     assert (signed(-0.5), signed(0.25, 2)) == ("−0.500", "+0.25")
     assert [probability(p) for p in (1e-9, 0.04, float("nan"))] == ["< 0.001", "0.040", "–"]
     assert [seconds(value) for value in (47.6, 200, 3900)] == ["48 s", "3 min 20 s", "1 h 05 min"]
+
+
+def test_the_report_says_how_many_variants_are_worth_making_and_why(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    scores = [{str(s): {"a:0": d + s / 10, "a:1": d} for s in range(2)} for d in (0.5, 0.7)]
+    rungs = [{"ratio": r, "scores": found} for r, found in zip((1, 2), scores, strict=True)]
+    settings = {"seeds": [0, 1], "max_ratio": 20, "epochs": 10}
+    price, budget = Price(variants=10, probe=1, training=50), Budget(0.1, "share")
+    content = decision(2, rungs, judge(rungs, 0.5), "budget", settings, price, budget)
+    path = tmp_path / "run/fold0/synthetic_store/ratio.json"
+    path.write_text(json.dumps(content))
+    page = write_report(tmp_path / "run").read_text()
+    assert "How many variants (fold0)" in page and content["reason"] in html.unescape(page)
+    assert "+0.200 over 1" in page and "10 % of the FLOPs of 20" in page
+    found = json.loads((tmp_path / "run/summary.json").read_text())["auto_ratio"]["fold0"]
+    assert (found["ratio"], found["enough"], found["why"]) == (2, 2, "budget")
+    assert found["gains"][0]["mean"] == pytest.approx(20) and "rungs" not in found

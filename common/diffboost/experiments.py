@@ -17,8 +17,9 @@ from diffboost.plans import (
 )
 from diffboost.segmentation.arms import ARMS
 from diffboost.stages import WORKFLOW, stage_configs
+from diffboost.study_ratio import check_auto_ratio, fixed_knobs
 
-SECTIONS = ("prepare", "finetune", "synthesis", "segmentation", "evaluate")
+SECTIONS = ("prepare", "finetune", "synthesis", "auto_ratio", "segmentation", "evaluate")
 PRETRAIN_SECTIONS = ("prepare", "train", "pix2pix", "evaluate")
 ABLATED = ("synthesis", "segmentation")
 EVALUATED = ("$", "@", "%", "_target_")  # by MONAI's ConfigParser
@@ -58,6 +59,7 @@ def read_experiment(
     _check_sections(experiment, config_files, path)
     _check_inner_fraction(experiment, path)
     _check_quality_filter(experiment, path)
+    check_auto_ratio(experiment, path)
     return experiment
 
 
@@ -263,7 +265,7 @@ def _check_sections(experiment: Experiment, config_files: Mapping, path: Path) -
         if not knobs:
             continue
         where = f"{path}: {section.replace('.', ': ')}"
-        _check_knobs(knobs, config_file, where)
+        _check_knobs(fixed_knobs(knobs), config_file, where)
         for knob, values in experiment.ablations.get(section, {}).items():
             for value in values:
                 _check_knobs({knob: value}, config_file, where)

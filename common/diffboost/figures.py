@@ -156,3 +156,35 @@ def cost_chart(costs: pd.DataFrame) -> str:
         left.set_yticks(rows, [stage.replace("_", " ") for stage in costs.index])
         left.invert_yaxis()
         return embed(figure)
+
+
+def ratio_chart(found: dict) -> str:
+    """Dice of the probes of each ratio, seed by seed and their mean, as a data URI.
+
+    Args:
+        found: a search's ratio.json.
+
+    Source: engineering choice
+    """
+    ratios = [rung["ratio"] for rung in found["rungs"]]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.7))
+        axes = figure.subplots()
+        seeds = pd.DataFrame(
+            [
+                {seed: np.mean(list(units.values())) for seed, units in rung["scores"].items()}
+                for rung in found["rungs"]
+            ]
+        )
+        axes.plot(ratios, seeds, "-", color=BASELINE_COLOR, linewidth=0.8, alpha=0.7)
+        axes.plot(ratios, [rung["dice"] for rung in found["rungs"]], "o-", color=COLORS[0])
+        axes.axvline(found["enough"], color=COLORS[1], linewidth=1, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_xticks(ratios, [str(ratio) for ratio in ratios])
+        axes.minorticks_off()
+        axes.set_xlabel("variants a slice (dotted: enough)")
+        axes.set_ylabel("Dice of the probes\n(mean; gray: each seed)")
+        axes.grid(axis="y", color="#E8EAEE", linewidth=0.8)
+        axes.set_axisbelow(True)
+        figure.tight_layout()
+        return embed(figure)

@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from diffboost.knobs import nearest
@@ -48,8 +48,9 @@ class Experiment:
             ablated.
         processes: of torchrun, for each stage that has a `multi_gpu` overlay.
         protocol: names a file of workflow/protocols, whose knobs hold where the file has none.
-        prepare, finetune, synthesis, segmentation, evaluate: knobs of the stage's config file. A
-            list of values in synthesis or segmentation is an ablation, its first value the base.
+        prepare, finetune, synthesis, auto_ratio, segmentation, evaluate: knobs of the stage's
+            config file (auto_ratio: where synthesis says `ratio: auto`). A list of values in
+            synthesis or segmentation is an ablation, its first value the base.
         ablations: {section: {knob: [base, …]}}: what those lists become when the file is read.
         pretrain: Table 1: `dataset_dir` (a tree, or `phantoms`; none: the task's own slices, and
             nothing is finetuned from them), `image_size` (px; none: the study's) and
@@ -78,6 +79,7 @@ class Experiment:
     prepare: dict = field(default_factory=dict)
     finetune: dict = field(default_factory=dict)
     synthesis: dict = field(default_factory=dict)
+    auto_ratio: dict = field(default_factory=dict)
     segmentation: dict = field(default_factory=dict)
     evaluate: dict = field(default_factory=dict)
     ablations: dict = field(default_factory=dict)
@@ -206,14 +208,7 @@ def ablation_segmenters(experiment: Experiment, knob: str) -> Iterator[tuple[Seg
     for number, value in enumerate(values):
         for segmenter in segmenters(experiment, Setting(section, knob, value)):
             shared = number == 0
-            yield (
-                (
-                    Segmenter(BASE, segmenter.fold, segmenter.arm, segmenter.seed)
-                    if shared
-                    else segmenter
-                ),
-                value,
-            )
+            yield replace(segmenter, setting=BASE) if shared else segmenter, value
 
 
 def synthetic_dir(setting: Setting, fold: int) -> str:

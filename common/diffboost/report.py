@@ -88,6 +88,10 @@ def summarize(run_dir: Path, experiment: Experiment, metrics: pd.DataFrame) -> d
         "seconds": costs["seconds"].round(2).to_dict(),
         "memory_mib": costs["memory_mib"].round(1).to_dict(),
         "edge_agreement": results.read_edge_agreement(run_dir),
+        "auto_ratio": {
+            fold: {key: value for key, value in found.items() if key not in ("rungs", "settings")}
+            for fold, found in results.read_ratios(run_dir).items()
+        },
         "versions": results.describe_versions(),
         "machine": results.describe_machine(),
     }
@@ -125,6 +129,10 @@ def render(
         outline_colors={"truth": pictures.TRUTH_COLOR, "prediction": pictures.PREDICTION_COLOR},
         variants={
             path.parts[-2]: pictures.variants_picture(path, store) for path in synthetic_dirs[:1]
+        },
+        ratios={
+            fold: {**found, "chart": figures.ratio_chart(found) if found["rungs"] else None}
+            for fold, found in results.read_ratios(run_dir).items()
         },
         predictions={arm: pictures.predictions_picture(run_dir, store, base, arm) for arm in arms},
         table1=_table1(run_dir),

@@ -15,6 +15,7 @@ from diffboost.data.documents import read_json, read_yaml
 from diffboost.data.tables import read_csv
 from diffboost.knobs import refuse_unknown
 from diffboost.plans import Experiment, ablated_knobs, ablation_segmenters, segmenters
+from diffboost.ratio_record import DECISION
 
 PACKAGES = ("diffboost", "torch", "monai", "diffusers", "transformers", "numpy", "snakemake")
 STAGES = (
@@ -167,6 +168,15 @@ def read_edge_agreement(run_dir: Path) -> dict | None:
     weights = found["n"] / found["n"].sum()
     means = {key: float((found[key] * weights).sum()) for key in ("own", "other")}
     return means | {"n": int(found["n"].sum())}
+
+
+def read_ratios(run_dir: Path) -> dict[str, dict]:
+    """What each fold's search for the ratio found, ratio.json by the fold's name.
+
+    Source: engineering choice
+    """
+    paths = sorted(run_dir.glob(f"fold*/synthetic_store/{DECISION}"))
+    return {path.parts[-3]: read_json(path, "ratio", nan=True) for path in paths}
 
 
 def read_training_logs(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -82,6 +82,37 @@ def paired_difference(values: pd.Series, reference: pd.Series, seed: int = 0) ->
     return {"mean": float(difference.mean()), "ci95": ci95, "p": float(p), "n": len(difference)}
 
 
+def crossed_interval(differences: np.ndarray) -> dict:
+    """Mean of differences that vary with the training's seed and with the unit that is scored.
+
+    Both are draws: other seeds and other units would give other means. The squared standard error
+    is the sum of those of the seeds' means and of the units' means, which counts what is left over
+    twice and so is on the safe side; degrees of freedom are Satterthwaite's. One seed, or one unit,
+    says nothing about others: then there is no interval.
+
+    Args:
+        differences: (seeds, units), finite.
+
+    Returns:
+        mean, se (standard error), ci95 ([low, high], by Student's t); se and ci95 are NaN below
+        two seeds or two units.
+
+    Source: Searle, Casella, McCulloch 1992, two crossed random factors; Satterthwaite 1946
+    """
+    mean = float(differences.mean())
+    counts = differences.shape
+    if min(counts) < 2:
+        return {"mean": mean, "se": np.nan, "ci95": [np.nan, np.nan]}
+    parts = [differences.mean(1 - axis).var(ddof=1) / n for axis, n in enumerate(counts)]
+    square = sum(parts)
+    if square == 0:
+        return {"mean": mean, "se": 0.0, "ci95": [mean, mean]}
+    freedom = square**2 / sum(part**2 / (n - 1) for part, n in zip(parts, counts, strict=True))
+    se = float(np.sqrt(square))
+    reach = float(stats.t.ppf(0.975, freedom)) * se
+    return {"mean": mean, "se": se, "ci95": [mean - reach, mean + reach]}
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjustment: how many tests are made together raises every p.
 

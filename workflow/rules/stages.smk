@@ -59,13 +59,44 @@ def filter_settings(wildcards):
     segmenter = plans.Segmenter(plans.BASE, int(wildcards.fold), "baseline", STUDY.seeds[0])
     config = CONFIGS["segmentation"]
     files = [config, *plans.network_overlay(config, STUDY.networks[0])]
-    return {"segmenter_dir": RUN / segmenter.folder, "segmenter_configs": [str(f) for f in files]}
+    folder = str(RUN / segmenter.folder)
+    return {"segmenter_dir": folder, "segmenter_configs": [str(f) for f in files]}
 
 
 def filter_inputs(wildcards):
     """The model of that segmenter, where one is needed."""
     folder = filter_settings(wildcards).get("segmenter_dir")
-    return [str(folder.relative_to(RUN) / "model.pt")] if folder else []
+    return [str(Path(folder).relative_to(RUN) / "model.pt")] if folder else []
+
+
+def synthesis_run(wildcards):
+    """The command that makes a synthetic store, of the ratio that is ordered or of its own choice."""
+    settings = {
+        "store_dir": RUN / "store",
+        "generator_dir": RUN / f"fold{wildcards.fold}/generator",
+        "output_dir": RUN / f"{wildcards.setting}fold{wildcards.fold}/synthetic_store",
+        "backbone": STUDY.backbone,
+        "image_size": STUDY.image_size,
+        "fold": int(wildcards.fold),
+        "num_cases": STUDY.num_cases,
+    }
+    knobs = plans.synthesis_knobs(STUDY, SETTINGS[wildcards.setting])
+    filtered = filter_settings(wildcards)
+    if not is_auto(STUDY):
+        return run(scaled("synthesis"), settings | filtered, knobs, "multi_gpu_inference")
+    arm = probe_arm(STUDY)
+    segmenter = CONFIGS["segmentation"]
+    files = [segmenter, *plans.network_overlay(segmenter, STUDY.networks[0])]
+    settings |= {
+        "synthesis_configs": with_overlay(scaled("synthesis"), "multi_gpu_inference"),
+        "synthesis_knobs": fixed_knobs(knobs) | filtered,
+        "segmenter_configs": with_overlay(files, "multi_gpu_train"),
+        "segmenter_knobs": plans.segmentation_knobs(STUDY, plans.BASE, arm),
+        "segmenter_arm": arm,
+        "num_classes": NUM_CLASSES,
+        "processes": STUDY.processes,
+    }
+    return bundle_run([CONFIGS["auto_ratio"]], settings, STUDY.auto_ratio)
 
 
 rule prepare:
@@ -139,21 +170,7 @@ rule synthesize:
     output:
         directory("{setting}fold{fold}/synthetic_store"),
     params:
-        command=lambda wildcards: run(
-            scaled("synthesis"),
-            {
-                "store_dir": RUN / "store",
-                "generator_dir": RUN / f"fold{wildcards.fold}/generator",
-                "output_dir": RUN / f"{wildcards.setting}fold{wildcards.fold}/synthetic_store",
-                "backbone": STUDY.backbone,
-                "image_size": STUDY.image_size,
-                "fold": int(wildcards.fold),
-                "num_cases": STUDY.num_cases,
-                **filter_settings(wildcards),
-            },
-            plans.synthesis_knobs(STUDY, SETTINGS[wildcards.setting]),
-            "multi_gpu_inference",
-        ),
+        command=synthesis_run,
         start=START,
     log:
         "logs/{setting}synthesize.fold{fold}.log",

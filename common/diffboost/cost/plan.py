@@ -11,10 +11,12 @@ from monai.bundle import ConfigParser
 from diffboost import plans
 from diffboost.cost import units
 from diffboost.cost.configs import parse, value
+from diffboost.cost.ratio import passes_of, search_bound, training_flops
 from diffboost.cost.units import Unit
 from diffboost.data.splits import select
 from diffboost.plans import Experiment
 from diffboost.precision import PRECISIONS
+from diffboost.study_ratio import fixed_knobs, is_auto, probe_arm
 
 NPY_HEADER = 128  # bytes
 # Knobs on which the cost of a variant depends, and those on which that of a segmenter does not.
@@ -92,8 +94,7 @@ class StudyCost:
     def stages(self) -> list[Stage]:
         """Every run, in the order of the study."""
         found = [self._prepare(), *self._pretraining()]
-        needs_variants = any(map(plans.uses_variants, self.experiment.arms))
-        if needs_variants:
+        if any(map(plans.uses_variants, self.experiment.arms)):
             found += [stage for fold in self.experiment.folds for stage in self._finetune(fold)]
             found += self._syntheses()
         for setting in plans.settings(self.experiment):
@@ -178,18 +179,32 @@ class StudyCost:
                 folder = plans.synthetic_dir(setting, fold)
                 if folder not in made:
                     made.add(folder)
-                    yield self._synthesis(setting, fold)
+                    ratio, probes = self._search(fold) if is_auto(study) else (None, [])
+                    yield from [*probes, self._synthesis(setting, fold, ratio)]
 
-    def _synthesis(self, setting: plans.Setting, fold: int) -> Stage:
+    def _search(self, fold: int) -> tuple[int, list[Stage]]:
+        """The largest ratio that a search can end with, and the probes on the way there."""
+        study, arm = self.experiment, probe_arm(self.experiment)
+        synthesis = self._parse("synthesis", fixed_knobs(study.synthesis))
+        knobs = plans.segmentation_knobs(study, plans.BASE, arm)
+        parser = self._segmentation_parser(study.networks[0], knobs)
+        search = parse([self.configs["auto_ratio"]], study.auto_ratio)
+        varied, trained = (self._slices(fold, "training", p) for p in (synthesis, parser))
+        checked = self._slices(fold, "inner_validation", parser, min_foreground_px=False)
+        counts = (len(varied), len(trained), len(checked))
+        ratio, flops, unit = search_bound(synthesis, parser, search, arm, *counts)
+        return ratio, [replace(_stage("probes", 0, unit, "at most", fold), flops=flops)]
+
+    def _synthesis(self, setting: plans.Setting, fold: int, ratio: int | None = None) -> Stage:
         study = self.experiment
-        parser = self._parse("synthesis", plans.synthesis_knobs(study, setting))
-        finetuned = self._parse("finetune", study.finetune)
+        parser = self._parse("synthesis", fixed_knobs(plans.synthesis_knobs(study, setting)))
         knobs = {key: value(parser, key) for key in SAMPLING_KNOBS if key in parser}
-        train_base = value(finetuned, "train_base")
+        train_base = value(self._parse("finetune", study.finetune), "train_base")
         unit = self._once(("sampling", repr(knobs)), lambda: units.sampling(parser, train_base))
-        number = len(self._slices(fold, "training", parser)) * value(parser, "ratio")
+        number = len(self._slices(fold, "training", parser)) * (ratio or value(parser, "ratio"))
         disk = number * 2 * study.image_size**2
-        row = _stage("synthesize", number, unit, _label(setting), fold, disk_bytes=disk)
+        what = f"at most ratio {ratio}" if ratio else _label(setting)
+        row = _stage("synthesize", number, unit, what, fold, disk_bytes=disk)
         passed = -(-number // unit.batch_size) * unit.batch_size  # the last batch is filled up
         measured = min(number, value(parser, "num_measured", 0))
         edges = self._edges(study.edges, study.image_size, study.hed_size_px)
@@ -201,8 +216,7 @@ class StudyCost:
         knobs = plans.segmentation_knobs(study, segmenter.setting, arm)
         network = plans.segmentation_network(study, segmenter.setting)
         parser = self._segmentation_parser(network, knobs)
-        joined = arm.startswith("diffboost") and value(parser, "merge") == "logits"
-        passes = 2 if joined else 1
+        passes = passes_of(arm, parser)
         key = (network, passes, repr({k: v for k, v in knobs.items() if k not in FREE_KNOBS}))
         training = self._once(("train", *key), lambda: units.segmenter_training(parser, passes))
         forward = self._once(("test", *key), lambda: units.segmenter_inference(parser))
@@ -217,8 +231,7 @@ class StudyCost:
         )  # fmt: skip
         selection = value(parser, "selection", "inner_validation")
         checked = len(self._slices(fold, selection, parser, selection == "test"))
-        validations = epochs // min(value(parser, "val_interval"), epochs)
-        yield replace(row, flops=row.flops + validations * checked * forward.flops)
+        yield replace(row, flops=training_flops(parser, training, forward, number, checked))
         tested = self._slices(fold, "test", parser, min_foreground_px=False)
         disk = int(tested.pixels.sum())  # a byte a voxel
         yield _stage("evaluate", len(tested), forward, what, fold, segmenter.seed, 0, disk)
@@ -256,8 +269,7 @@ class StudyCost:
         parser = parse(
             [self.configs["pretrain.evaluate"]], {"backbone": study.backbone} | settings | knobs
         )
-        number = min(held_out, value(parser, "num_images"))
-        unit = units.sampling(parser)
+        number, unit = min(held_out, value(parser, "num_images")), units.sampling(parser)
         yield _stage("evaluate_images", number, unit, disk_bytes=2 * number * 2 * size**2)
 
     def _pix2pix(self, knobs: Mapping, number: int) -> Stage:
@@ -265,10 +277,9 @@ class StudyCost:
         parser = parse([self.configs["pretrain.pix2pix"]], knobs)
         unit = units.translator_training(parser)
         epochs, batch = (value(parser, key) for key in ("epochs", "batch_size"))
-        updates = number // (
-            batch * self.experiment.processes
-        )  # an incomplete last one is left out
-        images = epochs * updates * batch * self.experiment.processes
+        together = batch * self.experiment.processes
+        updates = number // together  # an incomplete last one is left out
+        images = epochs * updates * together
         row = _stage("train_pix2pix", images, unit, steps=epochs * updates)
         return replace(row, disk_bytes=unit.saved_bytes)
 
