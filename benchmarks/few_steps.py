@@ -46,6 +46,8 @@ PRESETS = {
     "student LCM 1": (True, "lcm", 1, 1.0),
     FEW: (True, "lcm", 2, 1.0),
     "student LCM 4": (True, "lcm", 4, 1.0),
+    "teacher LCM 2": (False, "lcm", 2, 1.0),  # not distilled: what distillation adds
+    "teacher LCM 4": (False, "lcm", 4, 1.0),
     PLAIN: (False, "ddim", 20, 1.0),
     REFERENCE: (False, "ddim", 20, 9.0),
 }
