@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffboost.audit.fidelity import correlation
 from diffboost.conditions.edges import load_edge_detector
 from diffboost.data.phantoms import phantom_image
 from diffboost.generation.backbones import PARTS, TINY_DIR
+from diffboost.generation.decoding import SHIPPED, SHIPPED_DIR, load_decoder
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder, load_part
 from diffboost.generation.sampling import VariantInferer, variant_noise
 from diffboost.generation.text import embed_prompts
@@ -51,3 +54,19 @@ def test_tiny_variants_follow_their_edges():
     others = hints.roll(5, dims=0)
     other = np.mean([correlation(f.numpy(), h.numpy()) for f, h in zip(found, others, strict=True)])
     assert own > other + 0.3, (own, other)
+
+
+def test_tiny_decoder_is_small_and_near_the_autoencoders_own():
+    assert sum(path.stat().st_size for path in SHIPPED_DIR.iterdir()) <= 0.5e6
+    images, _ = unseen_phantoms(16)
+    own, tiny = load_decoder(None, "tiny"), load_decoder(SHIPPED, "tiny")
+    flops = []
+    with torch.no_grad():
+        latents = own.encode(images).chunk(2, dim=1)[0] * own.autoencoder.config.scaling_factor
+        decoded = []
+        for decoder in (own, tiny):
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                decoded.append(decoder.decode_scaled(latents))
+            flops.append(counter.get_total_flops())
+    assert (decoded[1] - decoded[0]).abs().mean() < 0.1  # of a range of 2
+    assert 8 * flops[1] < flops[0]
