@@ -18,7 +18,8 @@ class ControlledUNet(nn.Module):
     """A text-conditioned UNet whose features a ControlNet branch shifts by an edge map.
 
     ``state_dict`` holds what is trained and nothing else: the branch, and the UNet if
-    ``train_base``. A frozen UNet moves with the module and is named by its backbone.
+    ``train_base``. A frozen UNet moves with the module and is named by its backbone. The UNet's
+    upsampling convolutions are folded (:mod:`diffboost.generation.upsampling`).
 
     Args:
         backbone: see :func:`diffboost.generation.backbones.resolve_backbone`. A backbone without
@@ -147,7 +148,8 @@ class GrayscaleAutoencoder(nn.Module):
     """Stable Diffusion's autoencoder for grayscale images, with the paper's averaging output block.
 
     Args:
-        autoencoder: an AutoencoderKL; a gray image is copied to its input channels.
+        autoencoder: an AutoencoderKL, whose upsampling convolutions are folded; a gray image is
+            copied to its input channels.
 
     Source: paper Sec. 3.1, Fig. 1a (cross-channel average at the final output).
     """
