@@ -2,7 +2,19 @@
 
 import torch
 from torch import nn
+from torch.nn.functional import group_norm
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class LaidOutInstanceNorm(nn.InstanceNorm2d):
+    """nn.InstanceNorm2d as a group norm of one channel each, which keeps the layout.
+
+    Source: torch.nn.InstanceNorm2d, which gives back (B, C, H, W) whatever comes in.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The normalized input, (B, C, H, W)."""
+        return group_norm(input, self.num_features, self.weight, self.bias, self.eps)
 
 
 def lay_out(network: nn.Module, channels_last: bool) -> nn.Module:
@@ -29,4 +41,7 @@ def lay_out(network: nn.Module, channels_last: bool) -> nn.Module:
                 layer.inplace = True
     if channels_last:
         network.to(memory_format=torch.channels_last)
+        for module in network.modules():
+            if type(module) is nn.InstanceNorm2d and not module.track_running_stats:
+                module.__class__ = LaidOutInstanceNorm
     return network
