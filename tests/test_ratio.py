@@ -15,19 +15,10 @@ from diffboost import auto_ratio, probes
 from diffboost.data.slices import slice_items
 from diffboost.experiments import read_experiment
 from diffboost.prepare import prepare
-from diffboost.probes import TRIED
-from diffboost.ratio import (
-    Budget,
-    Price,
-    judge,
-    next_step,
-    probe_epochs,
-    reach,
-    read_budget,
-    rungs_up_to,
-    search,
-)
-from diffboost.ratio_record import decision, reason
+from diffboost.ratio.budget import Budget, Price, read_budget, rungs_up_to
+from diffboost.ratio.probes import TRIED
+from diffboost.ratio.record import decision, reason
+from diffboost.ratio.rule import judge, next_step, probe_epochs, reach, search
 from diffboost.segmentation.scoring import case_dice, slice_dice
 from diffboost.stages import stage_configs
 from diffboost.statistics import crossed_interval

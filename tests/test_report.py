@@ -15,8 +15,9 @@ from PIL import Image
 from small_store import write_store, write_variants
 
 from diffboost import cli
-from diffboost.ratio import Budget, Price, judge
-from diffboost.ratio_record import decision
+from diffboost.ratio.budget import Budget, Price
+from diffboost.ratio.record import decision
+from diffboost.ratio.rule import judge
 from diffboost.report import number, probability, seconds, signed, write_report
 from diffboost.results import load_metrics
 from diffboost.statistics import case_values, describe, paired_difference, summarize

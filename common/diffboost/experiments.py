@@ -15,9 +15,9 @@ from diffboost.plans import (
     ablated_knobs,
     settings,
 )
+from diffboost.ratio.study import check_auto_ratio, fixed_knobs
 from diffboost.segmentation.arms import ARMS
 from diffboost.stages import WORKFLOW, stage_configs
-from diffboost.study_ratio import check_auto_ratio, fixed_knobs
 
 SECTIONS = ("prepare", "finetune", "synthesis", "auto_ratio", "segmentation", "evaluate")
 PRETRAIN_SECTIONS = ("prepare", "train", "pix2pix", "evaluate")
@@ -284,7 +284,7 @@ def _check_knobs(section: Mapping, config_file: str | Path, where: str) -> None:
             )
         if type(config[key]) in (int, float) and type(value) not in (int, float):
             raise ValueError(f"{where}: {key}: {value!r}; a number is needed (1.0e-5, not 1e-5)")
-        if value is None:
+        if value is None and not str(config[key]).startswith("$"):  # null may not be its default
             raise ValueError(f"{where}: {key}: has no value; leave the line out for the default")
 
 

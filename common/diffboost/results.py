@@ -15,7 +15,7 @@ from diffboost.data.documents import read_json, read_yaml
 from diffboost.data.tables import read_csv
 from diffboost.knobs import refuse_unknown
 from diffboost.plans import Experiment, ablated_knobs, ablation_segmenters, segmenters
-from diffboost.ratio_record import DECISION
+from diffboost.ratio.record import DECISION
 
 PACKAGES = ("diffboost", "torch", "monai", "diffusers", "transformers", "numpy", "snakemake")
 STAGES = (

@@ -16,7 +16,7 @@ from diffboost.cost.units import Unit
 from diffboost.data.splits import select
 from diffboost.plans import Experiment
 from diffboost.precision import PRECISIONS
-from diffboost.study_ratio import fixed_knobs, is_auto, probe_arm
+from diffboost.ratio.study import fixed_knobs, is_auto, probe_arm
 
 NPY_HEADER = 128  # bytes
 # Knobs on which the cost of a variant depends, and those on which that of a segmenter does not.

@@ -7,7 +7,8 @@ from monai.bundle import ConfigParser
 from diffboost.cost import units
 from diffboost.cost.configs import value
 from diffboost.cost.units import Unit
-from diffboost.ratio import Price, probe_epochs, reach, read_budget, rungs_up_to
+from diffboost.ratio.budget import Price, read_budget, rungs_up_to
+from diffboost.ratio.rule import probe_epochs, reach
 
 
 def passes_of(arm: str, parser: ConfigParser) -> int:

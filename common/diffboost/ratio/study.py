@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffboost.plans import SYNTHETIC_THEN_REAL, Experiment, ablated_knobs, uses_variants
-from diffboost.ratio import read_budget, rungs_up_to
+from diffboost.ratio.budget import read_budget, rungs_up_to
 
 AUTO = "auto"
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from diffboost.ratio import PATIENCE, Budget, Price, score_matrix
+from diffboost.ratio.budget import Budget, Price
+from diffboost.ratio.rule import PATIENCE, score_matrix
 
 DECISION = "ratio.json"  # in the synthetic store
 SECONDS = "ratio_seconds.json"  # beside it: what a clock said, which differs from run to run

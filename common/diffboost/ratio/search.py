@@ -15,20 +15,13 @@ from diffboost.data.documents import read_json
 from diffboost.data.slices import slice_items
 from diffboost.files import write_json
 from diffboost.locks import release_folder
-from diffboost.probes import STORE, Probes
-from diffboost.ratio import (
-    Budget,
-    Price,
-    next_step,
-    probe_epochs,
-    read_budget,
-    rungs_up_to,
-    search,
-)
-from diffboost.ratio_record import DECISION, SECONDS, decision, spent_flops
+from diffboost.ratio.budget import Budget, Price, read_budget, rungs_up_to
+from diffboost.ratio.probes import STORE, Probes
+from diffboost.ratio.record import DECISION, SECONDS, decision, spent_flops
+from diffboost.ratio.rule import next_step, probe_epochs, search
+from diffboost.ratio.stage_runs import BundleRun
 from diffboost.runs import hash_inputs, resume_run
-from diffboost.segmentation.merging import split_arm
-from diffboost.stage_runs import BundleRun
+from diffboost.segmentation.arms import split_arm
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,12 @@ import torch
 
 from diffboost.data.documents import read_json
 from diffboost.files import write_json
-from diffboost.ratio import MIN_CASES, Price
-from diffboost.ratio_record import unit_name
+from diffboost.ratio.budget import Price
+from diffboost.ratio.record import unit_name
+from diffboost.ratio.rule import MIN_CASES
+from diffboost.ratio.stage_runs import BundleRun
 from diffboost.segmentation.loading import load_segmenter
 from diffboost.segmentation.scoring import case_dice, slice_dice, slice_overlaps
-from diffboost.stage_runs import BundleRun
 
 TRIED = "rungs.json"  # in the folder of the search: what is done
 STORE = "synthetic_store"
