@@ -36,8 +36,8 @@ from diffboost.data.transforms import LoadSliced
 from diffboost.data.volumes import check_volume
 from diffboost.data.weights import check_weights, load_weights, read_state
 from diffboost.experiments import read_experiment
-from diffboost.generation.backbones import load_part
 from diffboost.generation.array_files import load_array
+from diffboost.generation.backbones import load_part
 from diffboost.generation.lineage import read_lineage, write_lineage
 from diffboost.generation.pix2pix import EdgeTranslator, load_translator
 from diffboost.generation.synthesis import read_generator, refuse_other_backbone

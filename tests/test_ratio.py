@@ -11,10 +11,11 @@ import pytest
 import small_backbone
 import yaml
 
-from diffboost import auto_ratio, probes
 from diffboost.data.slices import slice_items
 from diffboost.experiments import read_experiment
 from diffboost.prepare import prepare
+from diffboost.ratio import probes
+from diffboost.ratio import search as ratio_search
 from diffboost.ratio.budget import Budget, Price, read_budget, rungs_up_to
 from diffboost.ratio.probes import TRIED
 from diffboost.ratio.record import decision, reason
@@ -161,7 +162,7 @@ def test_hours_are_predicted_by_what_was_timed(tmp_path):
     made = probes.Probes(tmp_path, None, Segmenter(), [{"case": "a"}], 2, [0], 10, "cpu")
     assert made.price_in_seconds() == Price(variants=5, probe=3, training=12)
     for seconds, ratio in ((16, 2), (30, 4)):  # 16 were spent; 5 a variant, 18 the next rung
-        ended = auto_ratio._search(made, RUNGS, Budget(seconds, "seconds"), PRICE, 0.5)
+        ended = ratio_search._search(made, RUNGS, Budget(seconds, "seconds"), PRICE, 0.5)
         assert (ended[0], ended[3]) == (ratio, "budget")
 
 

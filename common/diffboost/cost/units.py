@@ -199,7 +199,9 @@ def _steps(
 
 
 def edge_detection(edges: str, image_size: int, hed_size_px: int | None) -> Unit:
-    """HED at its own size, or the gradient, a slice.
+    """HED at its own size, or the gradient, a slice; by direct convolutions, as on a GPU.
+
+    A processor's HED (:mod:`diffboost.conditions.winograd`) needs a third of them.
 
     Args:
         edges: the detector's name.
