@@ -46,6 +46,7 @@ tiny_weights: $(STAMP)  ## pretrain the shipped backbone anew on phantoms (about
 	$(RUN)/train_autoencoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/untrained --output_dir $(WORK)/autoencoder
 	$(RUN)/train.yaml --store_dir $(WORK)/store --backbone $(WORK)/autoencoder/backbone --train_base True --output_dir $(WORK)/generator
 	$(RUN)/export.yaml --backbone $(WORK)/autoencoder/backbone --generator_dir $(WORK)/generator --output_dir $(WORK)/tiny
+	$(RUN)/train_tiny_decoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/tiny --output_dir $(WORK)/tiny_decoder
 
 clean:  ## caches and builds; the environment and runs/ stay
 	rm -rf build dist .pytest_cache .ruff_cache
