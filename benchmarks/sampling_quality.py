@@ -32,7 +32,7 @@ from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store
 from diffboost.data.transforms import LoadSliced
 from diffboost.results import read_experiment_as_run
-from diffboost.stages import bundle_run, stage_configs
+from diffboost.stages import bundle_run, stage_configs, warm_programs
 from diffboost.statistics import case_values, paired_difference
 
 GUIDED = {"scheduler": "ddim", "num_inference_steps": 20, "decoder": None}
@@ -55,12 +55,16 @@ class Comparison:
         run_dir: the study.
         output_dir: gets synthetic stores, segmenters and logs.
         presets: knobs of synthesis by name.
+        programs: folders where the program `python` is looked for, as in PATH.
     """
 
-    def __init__(self, run_dir: Path, output_dir: Path, presets: dict[str, dict]) -> None:
+    def __init__(
+        self, run_dir: Path, output_dir: Path, presets: dict[str, dict], programs: str
+    ) -> None:
         self.run_dir = run_dir.resolve()
         self.output_dir = output_dir.resolve()
         self.presets = presets
+        self.environment = os.environ | {"PATH": programs, "OMP_NUM_THREADS": "1"}
         self.study = read_experiment_as_run(self.run_dir)
         self.configs = stage_configs()
         self.header = read_store(str(self.run_dir / "store")).header
@@ -102,12 +106,14 @@ class Comparison:
             "arm": ARM,
             "seed": seed,
         }
-        train, evaluate = self.configs["segmentation"], self.configs["evaluate"]
+        files = [self.configs["segmentation"]]
+        files += plans.network_overlay(files[0], self.study.networks[0])
         name = f"{preset}.fold{fold}.seed{seed}"
-        self._run([train], settings, knobs, f"train.{name}")
+        self._run(files, settings, knobs, f"train.{name}")
         if not (output_dir / "metrics.csv").is_file():
             knobs = knobs | self.study.evaluate
-            self._run([train, evaluate], settings, knobs, f"evaluate.{name}")
+            files.insert(1, self.configs["evaluate"])
+            self._run(files, settings, knobs, f"evaluate.{name}")
 
     def _run(self, files: list[Path], settings: dict, knobs: dict, name: str) -> None:
         """One bundle run, its words in a log; ends everything where it fails."""
@@ -116,9 +122,8 @@ class Comparison:
         start = time.monotonic()
         with log.open("w", encoding="utf-8") as file:
             command = bundle_run(files, settings, knobs)
-            python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
             done = subprocess.run(
-                command, shell=True, stdout=file, stderr=file, env=os.environ | {"PATH": python}
+                command, shell=True, stdout=file, stderr=file, env=self.environment
             )
         if done.returncode:
             raise RuntimeError(f"{name} failed; its words are in {log}")
@@ -200,9 +205,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output_dir = options.output_dir or Path(f"{options.run_dir}.sampling_quality")
-    comparison = Comparison(options.run_dir, output_dir, options.presets)
-    folds = comparison.study.folds
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with warm_programs() as warm, ThreadPoolExecutor(options.jobs) as pool:
+        programs = f"{warm}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        comparison = Comparison(options.run_dir, output_dir, options.presets, programs)
+        folds = comparison.study.folds
         list(pool.map(lambda place: comparison.synthesize(*place), product(options.presets, folds)))
         places = product(options.presets, folds, options.seeds)
         list(pool.map(lambda place: comparison.segment(*place), places))
