@@ -261,7 +261,7 @@ def test_the_makefile_sets_knobs_that_exist():
         ["make", "--dry-run", *targets], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     commands = bundle_commands(done.stdout)
-    assert len(commands) == 5
+    assert len(commands) == 6
     for words in commands:
         check_flags(words, [REPOSITORY], "Makefile")
     assert "diffboost study workflow/experiments/demo.yaml" in done.stdout
