@@ -35,7 +35,7 @@ from diffboost.results import read_experiment_as_run
 from diffboost.stages import bundle_run, stage_configs, warm_programs
 from diffboost.statistics import case_values, paired_difference
 
-GUIDED = {"scheduler": "ddim", "num_inference_steps": 20, "decoder": None}
+GUIDED = {"scheduler": "ddim", "num_inference_steps": 20, "decoder": "own"}
 PRESETS = {
     "fast": {},
     "ddim20_guidance2": GUIDED | {"guidance_scale": 2.0},

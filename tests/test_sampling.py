@@ -171,7 +171,7 @@ def test_cost_is_what_a_run_counts(backbone, network, knobs):
     conditions = batch(3)
     conditions["context"][1] = conditions["edge"][1] = 1.0  # all differ
     conditions["negative_context"] = torch.randn(3, 12, 16)
-    knobs = {"num_inference_steps": 4, "backbone": backbone, "decoder": None} | knobs
+    knobs = {"num_inference_steps": 4, "backbone": backbone, "decoder": "own"} | knobs
     settings = {"image_size": 32, "batch_size": 3} | knobs
     unit = units.sampling(parse([stage_configs()["synthesis"]], settings))
     run = counted(lambda: VariantInferer(**knobs)(network=network, **conditions))

@@ -287,7 +287,7 @@ def test_the_bundles_run_with_sd15_overlays_on_a_single_file(files, tmp_path):
         generator_dir=finetuned,
         ratio=1,
         num_inference_steps=2,
-        decoder=None,  # the overlay's is on the hub
+        decoder="own",  # the overlay's is on the hub
         **common,
     )
     for folder, steps in ((pretrained, 2), (finetuned, 2)):

@@ -134,4 +134,4 @@ def test_paper_sampling_uses_the_backbones_own_decoder_at_every_size():
     synthesis = str(stage_configs()["synthesis"])
     overlays = [synthesis.replace("inference", name) for name in ("sd15", "paper_sampling")]
     assert value(parse([synthesis, overlays[0]], {}), "decoder") == TAESD
-    assert value(parse([synthesis, *overlays], {}), "decoder") is None
+    assert value(parse([synthesis, *overlays], {}), "decoder") == "own"

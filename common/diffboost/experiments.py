@@ -284,7 +284,7 @@ def _check_knobs(section: Mapping, config_file: str | Path, where: str) -> None:
             )
         if type(config[key]) in (int, float) and type(value) not in (int, float):
             raise ValueError(f"{where}: {key}: {value!r}; a number is needed (1.0e-5, not 1e-5)")
-        if value is None and not str(config[key]).startswith("$"):  # null may not be its default
+        if value is None:
             raise ValueError(f"{where}: {key}: has no value; leave the line out for the default")
 
 

@@ -22,6 +22,7 @@ from diffboost.generation.backbones import (
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.networks import GrayscaleAutoencoder
 
+OWN = "own"  # the backbone's; a word, because MONAI takes no null from the command line
 SHIPPED = "tiny_decoder"  # for the backbone tiny
 SHIPPED_DIR = TINY_DIR.with_name(SHIPPED)
 TAESD = "madebyollin/taesd"  # for Stable Diffusion 1.5
@@ -71,7 +72,7 @@ def resolve_decoder(decoder: str) -> str:
         return str(path)
     if decoder.count("/") != 1 or decoder.startswith((".", "/", "~")):
         raise FileNotFoundError(
-            f"decoder: {decoder!r} is no folder; allowed are null (the backbone's own), "
+            f"decoder: {decoder!r} is no folder; allowed are own (the backbone's), "
             f"'{SHIPPED}' (for the backbone 'tiny'), a folder with an AutoencoderTiny in the "
             f"layout of diffusers, and a hub id such as '{TAESD}'"
         )
@@ -82,7 +83,7 @@ def load_decoder(decoder: str | None, backbone: str) -> GrayscaleAutoencoder | T
     """What decodes a backbone's latents, in float32, in evaluation mode and without gradients.
 
     Args:
-        decoder: see :func:`resolve_decoder`; None: the backbone's own.
+        decoder: see :func:`resolve_decoder`; own or None: the backbone's own.
         backbone: whose latents are decoded.
 
     Returns:
@@ -96,7 +97,7 @@ def load_decoder(decoder: str | None, backbone: str) -> GrayscaleAutoencoder | T
     Source: engineering choice; ``performance_facts.md`` 3.1 (the decoder is 22 to 39 % of a few
         steps).
     """
-    if decoder is None:
+    if decoder in (None, OWN):
         return GrayscaleAutoencoder(load_part(backbone, "vae"))
     root = resolve_decoder(decoder)
     config = _config(decoder, root)
@@ -156,13 +157,13 @@ def _refuse_misfit(config: dict, decoder: str, backbone: str) -> None:
     if made_for and here and made_for != here:
         raise ValueError(
             f"decoder: {decoder!r} was distilled from another autoencoder ({made_for[:12]}) than "
-            f"that of backbone {backbone!r} ({here[:12]}); null is the backbone's own decoder"
+            f"that of backbone {backbone!r} ({here[:12]}); own is the backbone's decoder"
         )
 
 
 def decoder_lineage(decoder: str | None) -> dict | None:
     """What a tiny decoder was trained on, as ``read_lineage`` gives it; None if nothing says it."""
-    if decoder is None:
+    if decoder in (None, OWN):
         return None
     path = Path(resolve_decoder(decoder)) / "lineage.json"
     return read_lineage(path) if path.is_file() else None
@@ -190,7 +191,7 @@ def decoder_sha256(decoder: str | None, backbone: str) -> str:
 
     Source: engineering choice.
     """
-    if decoder is None:
+    if decoder in (None, OWN):
         return backbone_sha256(backbone)
     root = Path(resolve_decoder(decoder))
     if not root.is_dir():

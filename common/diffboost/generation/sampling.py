@@ -108,8 +108,8 @@ class VariantInferer(Inferer):
         guidance_interval: the steps with guidance, as fractions [start, end) of the run.
         control_scale: weight of the ControlNet branch; released code 1, 0 leaves it out.
         control_interval: the steps with the branch, as fractions [start, end) of the run.
-        decoder: a tiny decoder, see :func:`diffboost.generation.decoding.resolve_decoder`; None is
-            the backbone's own, as the paper's.
+        decoder: a tiny decoder, see :func:`diffboost.generation.decoding.resolve_decoder`; own or
+            None is the backbone's, as the paper's.
         precision: float32, bfloat16 or float16, of the networks; scheduler and latents stay in
             float32.
 

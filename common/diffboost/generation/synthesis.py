@@ -13,7 +13,7 @@ from diffboost.data.slices import read_store, slice_items
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256, load_config
-from diffboost.generation.decoding import decoder_sha256
+from diffboost.generation.decoding import OWN, decoder_sha256
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.provenance import OWN_DECODER, RUN_FACTS
@@ -294,7 +294,7 @@ def variant_facts(
         "guidance_interval": json.dumps(check_interval("guidance_interval", guidance_interval)),
         "control_scale": control_scale,
         "control_interval": json.dumps(check_interval("control_interval", control_interval)),
-        "decoder": decoder or OWN_DECODER,
+        "decoder": OWN_DECODER if decoder in (None, OWN) else decoder,
         "decoder_sha256": decoder_sha256(decoder, backbone),
         "prompt_weights": json.dumps(dict(prompt_weights), sort_keys=True),
         "precision": precision,
