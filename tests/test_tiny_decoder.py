@@ -104,7 +104,7 @@ def test_synthesis_with_it_is_told_and_made_again(folder):
 
 def test_what_does_not_fit_is_refused_by_name(folder, tmp_path):
     backbone, decoder = str(folder / "backbone"), str(folder / "trained" / "decoder")
-    with pytest.raises(FileNotFoundError, match="decoder: 'nowhere' is no folder; allowed are nul"):
+    with pytest.raises(FileNotFoundError, match="decoder: 'nowhere' is no folder; allowed are own"):
         resolve_decoder("nowhere")
     with pytest.raises(FileNotFoundError, match="no AutoencoderTiny .config.json"):
         load_decoder(str(tmp_path), backbone)
