@@ -65,7 +65,11 @@ def start(programs: dict, folder: Path, config: dict | Path, **knobs) -> subproc
     environment = os.environ | {"PATH": programs["path"], "OMP_NUM_THREADS": "1"}
     del environment["PYTEST_CURRENT_TEST"]  # another environment has another warm process
     return subprocess.Popen(
-        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ["env", "--default-signal=INT", *words],  # a suite in the background ignores it
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
