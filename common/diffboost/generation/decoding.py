@@ -149,8 +149,8 @@ def _refuse_misfit(config: dict, decoder: str, backbone: str) -> None:
     if (channels, factor) != expected:
         raise ValueError(
             f"decoder: {decoder!r} enlarges latents of {channels} channels {factor} times, those "
-            f"of backbone {backbone!r} have {expected[0]} and need {expected[1]} times; null is "
-            "the backbone's own decoder"
+            f"of backbone {backbone!r} have {expected[0]} and need {expected[1]} times; own is "
+            "the backbone's decoder"
         )
     made_for = (decoder_lineage(decoder) or {}).get("autoencoder_sha256")
     here = part_sha256(backbone, "vae")
