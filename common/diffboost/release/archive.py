@@ -4,6 +4,7 @@ import functools
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 from diffboost.data.containment import ALLOWED, inside, refusal
@@ -90,9 +91,8 @@ def _check_entries(path: Path, everything: list, files: list) -> str:
             reason = "is encrypted"
         if reason:
             raise ValueError(f"zip {path}: entry {entry.filename!r} {reason}; {ALLOWED}")
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(
-        set(name.casefold() for name in names)
-    ) < len(names) else []  # fmt: skip
+    seen = Counter(name.casefold() for name in names)
+    twice = [name for name in names if seen[name.casefold()] > 1]
     if twice:
         raise ValueError(f"zip {path}: entry {twice[0]!r} stands twice")
     bases = {name.partition("/")[0] if "/" in name else "" for name in names}
