@@ -65,7 +65,7 @@ def check_inference(url: str, data: Path, expected: Path) -> None:
 
 
 def slicer_body(info: dict) -> dict:
-    """All options of the trainer as Slicer posts them: the first of a list, the rest as they are."""
+    """All options of the trainer as Slicer posts them: of a list the first."""
     options = info["trainers"][NAME]["config"]
     body = {key: value[0] if isinstance(value, list) else value for key, value in options.items()}
     extra = {"train_batch_size": 1, "val_batch_size": 1}
@@ -93,7 +93,7 @@ def train(url: str, body: dict, sync: bool) -> None:
 
 
 def check_training(url: str, body: dict, bundle: Path) -> None:
-    """Weights land in models/model.pt, with their lineage, by a synchronous and an async training."""
+    """Weights land in models/model.pt with their lineage, synchronously and not."""
     model = bundle / "models" / "model.pt"
     for sync in (True, False):
         before = model.stat().st_mtime_ns
