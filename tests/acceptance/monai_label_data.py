@@ -27,7 +27,8 @@ def main(folder: Path) -> None:
         nib.io_orientation(volume.affine), nib.orientations.axcodes2ornt("SPL")
     )
     nib.save(volume.as_reoriented(turned), folder / "volumes" / "turned.nii.gz")
-    middle = np.asarray(volume.dataobj)[:, 5:-4, volume.shape[2] // 2].astype(np.float64)
+    axial = np.asarray(nib.as_closest_canonical(volume).dataobj, np.float64)
+    middle = axial[:, 5:-4, axial.shape[2] // 2]
     levels = np.round(255 * (middle - middle.min()) / np.ptp(middle)).astype(np.uint8)
     gray = Image.fromarray(levels)  # rows and columns differ in number
     gray.save(folder / "pictures" / "gray.png")
