@@ -24,6 +24,7 @@ from diffboost.handlers import save_weights
 TRAIN, EVALUATE = "configs/train.yaml", "configs/evaluate.yaml"
 SITE_KEYS = ("bundle_root", "store_dir", "output_dir")
 ROUNDS = "rounds.csv"
+GUARDS = "diffboost.audit.guards."
 
 
 class Round(NamedTuple):
@@ -89,8 +90,15 @@ def build_client(
         best_model_filepath=str(Path(settings["output_dir"]).absolute() / "model.pt"),
     )
     client.initialize({ExtraItems.CLIENT_NAME: name})
-    client.train_workflow.parser.get_parsed_content("train::guard")
+    _run_guards(client.train_workflow.parser)
     return client
+
+
+def _run_guards(parser: ConfigParser) -> None:
+    """Runs what a training's run list has against leaks, and nothing else of it."""
+    for number, step in enumerate(parser["run"]):
+        if isinstance(step, Mapping) and str(step.get("_target_", "")).startswith(GUARDS):
+            parser.get_parsed_content(f"run::{number}")
 
 
 def play_round(client: MonaiAlgo, weights: Mapping[str, torch.Tensor]) -> Round:

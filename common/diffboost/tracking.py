@@ -47,7 +47,7 @@ def loss_of(output: Mapping | Sequence[Mapping]) -> torch.Tensor:
 
 
 class ListedOutput:
-    """Makes a trainer's output a list of one, the only form of which MONAI's tracking can log a loss.
+    """Makes a trainer's output a list of one, of which MONAI's tracking can log the loss.
 
     It stands behind the handlers that read the output and before the tracking's own.
 

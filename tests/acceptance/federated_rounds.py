@@ -1,6 +1,6 @@
 """Two rounds of NVFlare's simulator on two sites with phantoms of their own, for both bundles.
 
-Run by nvflare.sh: python nvflare.py <work folder>. Prints a line a check; exits 1 if one fails.
+Run by nvflare.sh: python federated_rounds.py <work folder>. A line a check; exits 1 if one fails.
 """
 
 import csv
