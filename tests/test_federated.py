@@ -270,3 +270,7 @@ def test_a_sites_file_says_its_paths(tmp_path):
     path.write_text("bundle_root: a\nstore_dir: b\n")
     with pytest.raises(ValueError, match="lacks output_dir; needed: bundle_root, store_dir"):
         read_site(path)
+    path.write_text("bundle_root: a\nstore_dir: /b\noutput_dir: c\ndevice: cpu\n")
+    found = read_site(path)
+    assert found["bundle_root"] == str(tmp_path / "a") and found["store_dir"] == "/b"
+    assert found["device"] == "cpu"

@@ -41,6 +41,9 @@ def read_site(path: str | Path) -> dict:
     Args:
         path: a YAML file with ``bundle_root``, ``store_dir``, ``output_dir`` and further knobs.
 
+    Returns:
+        Its content; the three folders, where they are relative, are those beside the file.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no mapping, or lacks one of the three.
@@ -51,7 +54,7 @@ def read_site(path: str | Path) -> dict:
     missing = [key for key in SITE_KEYS if key not in site]
     if missing:
         raise ValueError(f"site: {path} lacks {', '.join(missing)}; needed: {', '.join(SITE_KEYS)}")
-    return site
+    return site | {key: str(Path(path).absolute().parent / site[key]) for key in SITE_KEYS}
 
 
 def build_client(

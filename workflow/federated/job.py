@@ -63,8 +63,11 @@ def make_recipe(job: dict, names: list[str]) -> FedAvgRecipe:
 
 def main() -> None:
     """Simulates, or exports, the job."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", help="job.yaml, see docs/federated.md")
+    # NVFlare reads these two itself, when it is imported
+    parser.add_argument("--export", action="store_true", help="write the job, do not simulate")
+    parser.add_argument("--export-dir", default="fl_job", help="folder that gets the job")
     job = read_job(parser.parse_args().job)
     names = sorted(path.stem for path in Path(job["sites_dir"]).glob("*.yaml"))
     recipe = make_recipe(job, names)
