@@ -1,5 +1,7 @@
 """Rounds of MONAI's federated client on both trainable bundles, as NVFlare's client drives them."""
 
+import importlib
+import json
 import logging
 from pathlib import Path
 
@@ -14,7 +16,17 @@ from small_store import write_store
 from test_generation_bundles import bundle_run, refused, write_study
 
 from diffboost.data.documents import read_json
-from diffboost.data.slices import slice_items
+from diffboost.data.slices import read_store, slice_items
+from diffboost.federated import (
+    build_client,
+    build_network,
+    describe_network,
+    play_round,
+    read_site,
+    record_round,
+    save_global_weights,
+)
+from diffboost.handlers import save_weights
 from diffboost.package import json_twin
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -60,7 +72,7 @@ def client(folder: Path, bundle: str, name: str, train: dict | None = None, **op
     return algo, start
 
 
-def play_round(algo: MonaiAlgo, weights: dict) -> tuple[dict, dict]:
+def play(algo: MonaiAlgo, weights: dict) -> tuple[dict, dict]:
     """Metrics of the global weights, and the difference that a round of training made."""
     sent = ExchangeObject(weights={name: value.clone() for name, value in weights.items()})
     metrics = dict(algo.evaluate(sent).metrics)  # the engine goes on using its own
@@ -78,13 +90,13 @@ def plus(weights: dict, difference: dict) -> dict:
 @pytest.mark.parametrize("bundle", [SEGMENTATION, FINETUNE])
 def test_two_rounds_from_global_weights(folder, bundle):
     algo, start = client(folder, bundle, f"{bundle}_rounds")
-    metrics, difference = play_round(algo, start)
+    metrics, difference = play(algo, start)
     key = "val_dice" if bundle == SEGMENTATION else "val_loss"
     assert list(metrics) == [key] and 0 <= metrics[key] < 10
     assert set(difference) == set(start)
     assert any(value.abs().max() > 0 for value in difference.values())
     changed = plus(start, difference)
-    better, _ = play_round(algo, changed)
+    better, _ = play(algo, changed)
     assert better[key] != metrics[key]
     again = algo.evaluate(ExchangeObject(weights=start)).metrics
     assert again[key] == metrics[key]  # from the global weights alone, whatever was trained since
@@ -104,7 +116,7 @@ def test_two_rounds_from_global_weights(folder, bundle):
 def test_without_a_learning_rate_weights_come_back_as_sent(folder, bundle, knob):
     algo, start = client(folder, bundle, f"{bundle}_{knob}", {knob: 0})
     sent = {n: v + 0.01 if n.endswith("weight") else v for n, v in start.items()}
-    _, difference = play_round(algo, sent)
+    _, difference = play(algo, sent)
     moved = {name for name, value in difference.items() if value.any()}
     statistics = {name for name in start if name.endswith(BUFFERS)}
     assert moved == statistics  # of batch norm, which see the client's images; finetune has none
@@ -119,7 +131,7 @@ def test_weights_that_a_client_starts_from_do_not_replace_the_global_ones(folder
     algo, start = client(folder, SEGMENTATION, "continued", train)
     saved = torch.load(model, weights_only=True)
     assert all(torch.equal(start[name], value) for name, value in saved.items())
-    _, difference = play_round(algo, {name: value * 2 for name, value in start.items()})
+    _, difference = play(algo, {name: value * 2 for name, value in start.items()})
     assert not any(v.any() for name, v in difference.items() if not name.endswith(BUFFERS))
 
 
@@ -135,9 +147,9 @@ def test_only_the_branch_travels_and_the_unet_where_it_is_trained(folder):
 
 def test_the_average_of_a_round_begins_with_the_global_weights(folder):
     algo, start = client(folder, FINETUNE, "averaged", {"ema_decay": 0.999, "optimizer#lr": 0})
-    play_round(algo, start)
+    play(algo, start)
     sent = {name: value + 1 for name, value in start.items()}
-    play_round(algo, sent)
+    play(algo, sent)
     saved = torch.load(folder / "averaged" / "model.pt", weights_only=True)
     for name, value in sent.items():
         torch.testing.assert_close(saved[name], value)
@@ -191,3 +203,74 @@ def test_the_loss_of_a_generator_on_held_out_slices(folder, caplog):
     assert 0 < found[0]["val_loss"] < 3
     with refused("inner_fraction: 0 keeps no case for validation"):
         bundle_run(BUNDLES / FINETUNE, ["train", "evaluate"], **settings, inner_fraction=0)
+
+
+def site(folder: Path, bundle: str, name: str) -> dict:
+    """A site's own knobs, from the configs that people read."""
+    store = folder / ("balls" if bundle == SEGMENTATION else "store")
+    root = BUNDLES / bundle
+    return {"bundle_root": root, "store_dir": str(store), "output_dir": str(folder / name)}
+
+
+def shared(folder: Path, bundle: str) -> dict:
+    """Knobs of all sites."""
+    return {
+        key: value
+        for key, value in knobs(folder, bundle).items()
+        if key not in ("store_dir", "epochs")
+    }
+
+
+@pytest.mark.parametrize("bundle", [SEGMENTATION, FINETUNE])
+def test_a_site_plays_what_the_server_sends(folder, bundle):
+    common = shared(folder, bundle)
+    described = describe_network(BUNDLES / bundle, common)
+    module, _, name = described.class_path.rpartition(".")
+    server = getattr(importlib.import_module(module), name)(**described.args)
+    network = build_network(BUNDLES / bundle, common)
+    assert set(server.state_dict()) == set(network.state_dict())
+    assert json.loads(json.dumps(described.args)) == described.args
+    own = site(folder, bundle, f"{bundle}_site")
+    algo = build_client(own, common, 2, 1, "site-1")
+    played = play_round(algo, network.state_dict())
+    assert set(played.difference) == set(server.state_dict()) and played.num_steps > 0
+    assert list(played.metrics) == [described.key_metric]
+    assert described.key_metric_mode == ("max" if bundle == SEGMENTATION else "min")
+    path = record_round(own["output_dir"], 0, played.metrics)
+    assert record_round(own["output_dir"], 1, played.metrics) == path
+    assert list(pd.read_csv(path)["round"]) == [0, 1]
+    lineage = read_json(Path(own["output_dir"]) / "lineage.json", "lineage")
+    assert lineage["cases"]
+    averaged = {n: v + played.difference[n].float() / 2 for n, v in network.state_dict().items()}
+    torch.save({"model": averaged}, folder / "global.pt")
+    saved = save_global_weights(
+        folder / "global.pt", BUNDLES / bundle, common, folder / f"{bundle}.pt"
+    )
+    network.load_state_dict(torch.load(saved, weights_only=True), strict=True)
+    with pytest.raises(ValueError, match="does not fit the bundle"):
+        torch.save({"model": {"other": torch.zeros(1)}}, folder / "global.pt")
+        save_global_weights(folder / "global.pt", BUNDLES / bundle, common, saved)
+
+
+def test_a_site_whose_weights_saw_its_test_cases_is_refused(folder):
+    model = folder / "leaking" / "model.pt"
+    network = build_network(BUNDLES / SEGMENTATION, shared(folder, SEGMENTATION))
+    save_weights(network, model)
+    tested = slice_items(folder / "balls", 0, "test")[0]["case"]
+    hashes = read_store(folder / "balls").source_sha256()
+    lineage = {"cases": {tested: hashes[tested]}, "ancestors": []}
+    (model.parent / "lineage.json").write_text(json.dumps(lineage))
+    own = site(folder, SEGMENTATION, "refused") | {"weights": str(model)}
+    with refused(f"leak: .*{tested}"):
+        build_client(own, shared(folder, SEGMENTATION), 2, 1, "site-1")
+
+
+def test_a_sites_file_says_its_paths(tmp_path):
+    path = tmp_path / "site-1.yaml"
+    path.write_text("bundle_root: a\nstore_dir: b\n")
+    with pytest.raises(ValueError, match="lacks output_dir; needed: bundle_root, store_dir"):
+        read_site(path)
+    path.write_text("bundle_root: a\nstore_dir: /b\noutput_dir: c\ndevice: cpu\n")
+    found = read_site(path)
+    assert found["bundle_root"] == str(tmp_path / "a") and found["store_dir"] == "/b"
+    assert found["device"] == "cpu"

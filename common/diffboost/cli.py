@@ -75,19 +75,26 @@ def study(
         logger.info("report: %s", run_dir / "report" / "index.html")
 
 
-def report(run_dir: str, only: str | None = None) -> None:
+def report(run_dir: str, only: str | None = None, tracking: str | None = None) -> None:
     """Writes metrics.csv, summary.json and report/index.html into a study's folder.
 
     Args:
         run_dir: the folder, such as runs/demo.
         only: write only this one, of what has been run: table2, figure4, figure6, figure7.
+        tracking: mlflow: store the three files in mlruns.db in the folder, too.
     """
     # pandas, matplotlib and torch take seconds
     from diffboost.exhibits import EXHIBITS
     from diffboost.report import write_report
 
+    if tracking not in (None, "mlflow") or (tracking and only):
+        raise SystemExit(f"tracking: {tracking!r}; allowed: mlflow, for the whole report")
     if only is None:
         write_report(run_dir)
+        if tracking:
+            from diffboost.tracking import store_report
+
+            store_report(run_dir)
         return
     try:
         refuse_unknown({only: "only"}, EXHIBITS, "report")
