@@ -91,7 +91,8 @@ def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
         reference: an arm without variants.
 
     Returns:
-        arm; n (cases); runs (folds x seeds); metrics, {name: (mean, low, high)}; gain, None for reference.
+        arm; n (cases); runs (folds x seeds); metrics, {name: (mean, low, high)}; gain, None of
+        the reference itself.
     """
     values = case_values(metrics)
     gains = {
