@@ -5,6 +5,8 @@ from pathlib import Path
 
 from diffboost.data.documents import read_config
 
+TWINNED = ("train", "evaluate", "inference", "multi_gpu_train")  # what clients read, by its name
+
 
 def json_twin(yaml_path: str | Path) -> str:
     """The content of a YAML config as JSON, indented by 4 as the Model Zoo formats it.
