@@ -82,7 +82,8 @@ def train(release: Path, data: list[dict], **body) -> dict:
         overrides["validate#dataset#data"] = data[split:]
     meta = str(release / "configs" / "metadata.json")
     files = {"meta_file": meta, "config_file": str(path)}
-    monai.bundle.run(run_id=body["run_id"], init_id=None, final_id=None, **files, **overrides)
+    settings = {"init_id": None, "final_id": None, "logging_file": False}
+    monai.bundle.run(run_id=body["run_id"], **settings, **files, **overrides)
     return json.loads((release / "models" / "run.json").read_text())
 
 
@@ -269,15 +270,14 @@ def write_variants(store_dir: Path, folder: Path, case: str) -> Path:
 
 
 def test_variants_are_used_where_there_are_any_and_the_log_says_so(
-    release, volumes, tmp_path, caplog, monkeypatch
+    release, volumes, tmp_path, caplog
 ):
-    monkeypatch.setattr("monai.bundle.workflows._apply_logging_file", lambda *_: None)
     caplog.set_level(logging.INFO, logger="diffboost")
     other = shutil.copytree(release, tmp_path / "release")
     assert train(other, volumes)["arm"] == "baseline"
     assert "arm baseline: there are no variants of these 15 slices" in caplog.text
-    record = train(other, volumes)
-    write_variants(Path(record["store_dir"]), other / "synthetic", "case_1")
+    (store_dir,) = (other / "models" / "clients").glob("store_*")
+    write_variants(store_dir, other / "synthetic", "case_1")
     record = train(other, volumes)
     assert (record["arm"], record["synthetic_dir"]) == ("diffboost", str(other / "synthetic"))
     assert "arm diffboost: 5 of 15 slices have variants" in caplog.text
@@ -304,6 +304,9 @@ def test_bad_volumes_are_named(release, volumes, tmp_path):
     with pytest.raises(RuntimeError) as error:
         train(other, [*volumes[:2], bad])
     assert "bad.nii.gz: label values 7 are not in the map: 0, 1, 2" in message_of(error)
+    with pytest.raises(RuntimeError) as error:
+        train(other, [*volumes[:3], volumes[0]])
+    assert "is in train::dataset::data and validate::dataset::data" in message_of(error)
     before = json.loads((release / "models" / "run.json").read_text())
     assert json.loads((other / "models" / "run.json").read_text()) == before
 
