@@ -228,7 +228,7 @@ def unknown_flags(words: list[str], root: Path) -> set[str] | None:
     paths = [root / name for name in (yaml.safe_load(value) if value[0] == "[" else [value])]
     if not all(path.is_file() for path in paths):
         return None
-    known = {"config_file", "bundle_root"}
+    known = {"config_file", "bundle_root", "tracking"}
     known |= {key.lstrip("+").split("::")[0] for path in paths for key in read(path)}
     flags = [re.split("=|::", word[2:])[0] for word in words if word.startswith("--")]
     return set(flags) - known

@@ -31,6 +31,7 @@ from diffboost.package import json_twin
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 SEGMENTATION, FINETUNE = "diffboost_segmentation", "task_finetune"
+PRETRAIN = "radimagenet_controlnet_pretrain"
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -274,3 +275,29 @@ def test_a_sites_file_says_its_paths(tmp_path):
     found = read_site(path)
     assert found["bundle_root"] == str(tmp_path / "a") and found["store_dir"] == "/b"
     assert found["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("bundle", "configs", "kind"),
+    [
+        (SEGMENTATION, ["train"], "train"),
+        (SEGMENTATION, ["train", "evaluate"], "train"),
+        (FINETUNE, ["train"], "train"),
+        (FINETUNE, ["train", "evaluate"], "train"),
+        (PRETRAIN, ["train"], "train"),
+        (PRETRAIN, ["evaluate"], "infer"),
+    ],
+)
+def test_clients_find_every_property(folder, bundle, configs, kind):
+    root = BUNDLES / bundle
+    workflow = ConfigWorkflow(
+        [str(root / "configs" / f"{name}.yaml") for name in configs],
+        meta_file=str(root / "configs" / "metadata.json"),
+        workflow_type=kind,
+        logging_file=False,
+        bundle_root=str(root),
+        output_dir=str(folder / "properties"),
+        **(knobs(folder, SEGMENTATION if bundle == SEGMENTATION else FINETUNE)),
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
