@@ -1,7 +1,9 @@
 """Releases: what they hold, what is refused, and the release of a run's model."""
 
+import ast
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from diffboost.files import sha256_of_files
 from diffboost.package import json_twin, package, verify
 from diffboost.release.blocks import set_blocks, set_section
 from diffboost.release.checks import write_manifest
+from diffboost.release.contents import strings
 from diffboost.release.model import write_base_model
 from diffboost.release.targets import check_names
 
@@ -77,13 +80,6 @@ def test_the_manifest_names_every_file(released):
     assert set(manifest["files"]) == files - {"manifest.json"}
     assert manifest["files"]["LICENSE"] == sha256_of_files([SEGMENTATION / "LICENSE"])
     assert manifest["changed"] == {}
-
-
-def test_the_same_release_has_the_same_zip(released, tmp_path):
-    again = package(str(SEGMENTATION), str(tmp_path))
-    assert Path(f"{again}.zip").read_bytes() == Path(f"{released}.zip").read_bytes()
-    with zipfile.ZipFile(f"{again}.zip") as archive:
-        assert {name.partition("/")[0] for name in archive.namelist()} == {NAME}
 
 
 def test_download_and_load_take_a_zip_of_a_file_address(released, tmp_path, monkeypatch):
@@ -320,17 +316,53 @@ def test_blocks_keep_comments_and_other_bytes(tmp_path):
     )
 
 
-def test_the_command_packages_and_verifies(tmp_path, monkeypatch, caplog):
+def test_the_command_makes_the_same_zip_and_verifies_it(released, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     words = ["diffboost", "package", str(SEGMENTATION), "--output_dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", words)
     cli.main()
-    monkeypatch.setattr("sys.argv", ["diffboost", "verify", str(next(tmp_path.glob("*.zip")))])
+    made = next(tmp_path.glob("*.zip"))
+    assert made.read_bytes() == Path(f"{released}.zip").read_bytes()
+    with zipfile.ZipFile(made) as archive:
+        assert {name.partition("/")[0] for name in archive.namelist()} == {NAME}
+    monkeypatch.setattr("sys.argv", ["diffboost", "verify", str(made)])
     cli.main()
-    assert (
-        f"{NAME} {json.loads(next(tmp_path.glob('*/manifest.json')).read_text())['version']}: "
-        in (caplog.text)
-    )
+    assert "whole and unchanged" in caplog.text
     monkeypatch.setattr("sys.argv", ["diffboost", "package"])
     with pytest.raises(SystemExit, match="name one bundle's folder, or say --all"):
         cli.main()
+
+
+PYPI = {"PIL": "pillow", "ignite": "pytorch-ignite", "yaml": "pyyaml"}
+APART = {"diffboost", "monai", "torch", "numpy", "bitsandbytes"}  # the last only where it is chosen
+
+
+def imported(module: str, seen: set[str]) -> None:
+    """Adds what a module of the package imports, and what those modules import, to `seen`."""
+    path = REPOSITORY / "common" / Path(*module.split("."))
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file() and module not in seen:
+            seen.add(module)
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else []
+                names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                names += [f"{node.module}.{a.name}" for a in node.names] if names[:1] and (
+                    isinstance(node, ast.ImportFrom)
+                ) else []  # fmt: skip
+                for name in names:
+                    imported(name, seen) if name.startswith("diffboost") else seen.add(name)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
+def test_metadata_names_all_that_the_configs_import(bundle):
+    """A virtual environment made from metadata.json alone runs every config."""
+    seen: set[str] = set()
+    for path in (bundle / "configs").glob("*.yaml"):
+        for where, text in strings(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            if where.endswith("_target_") and text.startswith("diffboost."):
+                imported(text.rpartition(".")[0], seen)
+                imported(text.rpartition(".")[0].rpartition(".")[0], seen)
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
+    tops = {name.partition(".")[0] for name in seen} - set(sys.stdlib_module_names) - APART
+    needed = {PYPI.get(name, name.replace("_", "-")) for name in tops}
+    assert needed <= set(metadata["required_packages_version"])

@@ -35,7 +35,7 @@ echo "1. the server's environment: $venv"
 if [ ! -x "$venv/bin/monailabel" ]; then
   python3 -m venv "$venv"
   "$venv/bin/pip" install -c "$root/docs/monai_label_constraints.txt" monailabel \
-    einops fire h5py pandas pyarrow
+    einops fire h5py matplotlib pandas pyarrow
   "$venv/bin/pip" check
 fi
 export PATH="$venv/bin:$PATH" # the command monailabel takes the python that comes first

@@ -131,7 +131,8 @@ def main() -> None:
     assert "models/model.pt" in log
     for complaint in COMPLAINTS:
         assert complaint not in log, f"the server's log says {complaint!r}"
-    print("   the log names models/model.pt and complains of nothing")
+    assert "arm baseline: there are no variants of these" in log
+    print("   the log names models/model.pt and the arm, and complains of nothing")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from diffboost.data.documents import read_config
 from diffboost.release.twins import TWINNED, json_twin
 
 PACKAGE_DIR = Path(__file__).parents[1]
@@ -119,22 +118,22 @@ def named_weights(release: Path) -> list[str]:
 
     Source: engineering choice.
     """
-    texts = [
-        text for path in config_files(release) for _, text in strings(read_config(path, "config"))
-    ]
     shipped = sorted(path.name for path in (PACKAGE_DIR / WEIGHTS).iterdir() if path.is_dir())
-    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    texts = (path.read_text(encoding="utf-8") for path in config_files(release))
+    plain = (re.sub(r"(^|\s)#.*", "", text) for text in texts)  # without comments
+    words = {word for text in plain for word in re.findall(r"\w+", text)}
     return [name for name in shipped if name in words]
 
 
 def config_files(release: Path) -> list[Path]:
-    """The YAML configs and JSON twins of a release.
+    """The configs of a release; JSON twins are left out, which say the same.
 
     Source: engineering choice.
     """
     folder = release / "configs"
-    files = [*folder.glob("*.yaml"), *folder.glob("*.json")]
-    return sorted(path for path in files if path.name != "metadata.json")
+    others = [path for path in folder.glob("*.json") if path.name != "metadata.json"]
+    others = [path for path in others if not path.with_suffix(".yaml").is_file()]
+    return sorted([*folder.glob("*.yaml"), *others])
 
 
 def strings(value: object, where: str = "") -> Iterable[tuple[str, str]]:

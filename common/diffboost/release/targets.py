@@ -103,11 +103,12 @@ def _is_defined(release: Path, target: str) -> bool:
         module = release.joinpath(*parts[:length])
         for file in (module.with_suffix(".py"), module / "__init__.py"):
             if file.is_file():
-                return parts[length] in _names_in(file)
+                return parts[length] in _names_in(file, file.stat().st_mtime_ns)
     return False
 
 
-def _names_in(file: Path) -> set[str]:
+@lru_cache(maxsize=1024)
+def _names_in(file: Path, changed_ns: int) -> set[str]:
     """The names at a module's top level; a module that is no Python has none."""
     try:
         tree = ast.parse(file.read_bytes())

@@ -202,10 +202,13 @@ def _change_metadata(
 
 def _resize(formats: dict, shape: list[int]) -> None:
     """Sets the size of the image that goes in and of what comes out."""
-    tensors = [formats["inputs"]["image"], formats["outputs"]["pred"]]
-    tensors += [formats["post_processed_outputs"]["pred"]] * ("post_processed_outputs" in formats)
-    for tensor in tensors:
-        tensor["spatial_shape"] = list(shape)
+    for group, name in (
+        ("inputs", "image"),
+        ("outputs", "pred"),
+        ("post_processed_outputs", "pred"),
+    ):
+        if group in formats:
+            formats[group][name]["spatial_shape"] = list(shape)
 
 
 def _change_readme(release: Path, store: SliceStore, figures: dict) -> list[str]:
