@@ -25,12 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffboost.data.documents import read_json
 from diffboost.files import sha256_of_files
 from diffboost.generation.config_limits import refuse_absurd
-from diffboost.generation.monai_networks import (
-    MonaiControlNet,
-    MonaiUNet,
-    is_monai,
-    monai_class,
-)
+from diffboost.generation.monai_networks import MonaiControlNet, MonaiUNet, is_monai, monai_class
 from diffboost.generation.single_file import (
     SUFFIXES,
     load_single_file,
@@ -141,14 +136,12 @@ def load_config(backbone: str, part: str) -> dict:
     return defaults | given
 
 
-def new_branch(
-    backbone: str, unet: UNet2DConditionModel | MonaiUNet
-) -> ControlNetModel | MonaiControlNet:
+def new_branch(backbone: str, unet: nn.Module) -> ControlNetModel | MonaiControlNet:
     """A branch that starts from the UNet's encoder, with zero convolutions.
 
     Args:
         backbone: brings the number of the autoencoder's levels, for a UNet of MONAI's.
-        unet: the backbone's.
+        unet: the backbone's, of diffusers or of MONAI.
 
     Source: ControlNet (Zhang et al. 2023).
     """

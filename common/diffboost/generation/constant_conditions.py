@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from diffboost.generation.monai_networks import MonaiPart
+from diffboost.generation.monai_part import MonaiPart
 from diffboost.generation.networks import ControlledUNet
 
 

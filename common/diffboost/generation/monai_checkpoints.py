@@ -18,7 +18,7 @@ from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
 from torch import nn
 
 from diffboost.data.weights import read_state
-from diffboost.generation.monai_networks import MonaiPart
+from diffboost.generation.monai_part import MonaiPart
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from diffboost.generation.backbones import load_config, load_part
 from diffboost.generation.config_limits import refuse_absurd
 from diffboost.generation.creation import write_backbone
 from diffboost.generation.monai_checkpoints import load_checkpoint, read_checkpoint
-from diffboost.generation.monai_networks import MONAI_PARTS, MonaiPart
+from diffboost.generation.monai_networks import MONAI_PARTS
+from diffboost.generation.monai_part import MonaiPart
 from diffboost.knobs import nearest
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from torch import nn
 from diffboost.data.weights import read_state
 from diffboost.generation.backbones import has_part, load_part, new_branch
 from diffboost.generation.monai_checkpoints import fill_monai, read_checkpoint
-from diffboost.generation.monai_networks import MonaiAutoencoder, MonaiPart
+from diffboost.generation.monai_networks import MonaiAutoencoder
+from diffboost.generation.monai_part import MonaiPart
 from diffboost.generation.single_file import fill_branch, key_groups
 from diffboost.generation.upsampling import fold_upsampling
 from diffboost.precision import autocast_dtype
