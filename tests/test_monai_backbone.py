@@ -355,6 +355,8 @@ def test_a_config_imports(files):
         ({"autoencoder_def__latent_channels": "@nowhere"}, "'@nowhere'; a plain value"),
         ({"autoencoder_def__latent_chanels": 3}, "did you mean 'latent_channels'"),
         ({"autoencoder_def___target_": "generative.networks.nets.VQVAE"}, "VQVAE'; for the vae"),
+        ({"autoencoder_def__norm_num_groups": 3}, "MONAI refuses its arguments: .*norm_num_groups"),
+        ({"autoencoder_def__norm_num_groups": "x"}, "AutoencoderKL: MONAI refuses its arguments"),
         ({"diffusion_unet_def__num_channels": [8, 8]}, "diffusion_unet: .* does not fit"),
         ({"noise_scheduler__schedule": "cosine"}, "schedule: 'cosine' has no counterpart"),
         ({"noise_scheduler__prediction_type": "sample"}, "'sample' has no counterpart"),

@@ -14,6 +14,11 @@ from diffboost.data.weights import load_weights
 from diffboost.knobs import refuse_unknown
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# What MONAI raises on arguments that make no network.
+REFUSALS = (
+    RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError,
+    AssertionError,
+)  # fmt: skip
 
 
 class MonaiPart(nn.Module):
@@ -23,7 +28,7 @@ class MonaiPart(nn.Module):
         config: see :meth:`complete`.
 
     Raises:
-        ValueError: see :meth:`complete`; or MONAI refuses the arguments.
+        ValueError: see :meth:`complete`; or MONAI makes no network of the arguments.
 
     Source: engineering choice; the networks are MONAI's (Pinaya et al. 2023).
     """
@@ -35,7 +40,13 @@ class MonaiPart(nn.Module):
         super().__init__()
         self.config = FrozenDict(self.complete(config))
         parameters = inspect.signature(self.network_class).parameters
-        self.network = self.network_class(**{name: self.config[name] for name in parameters})
+        try:
+            self.network = self.network_class(**{name: self.config[name] for name in parameters})
+        except REFUSALS as error:
+            raise ValueError(
+                f"backbone: {self.class_name()}: MONAI refuses its arguments: "
+                f"{' '.join(str(error).split())[:300]}"
+            ) from error
 
     @classmethod
     def class_name(cls) -> str:
