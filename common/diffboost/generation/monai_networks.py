@@ -2,18 +2,17 @@
 
 A part of kind ``monai`` is a folder as any other. Its ``config.json`` names the class of
 ``monai.networks.nets`` and the arguments of that class, the weights beside it have MONAI's names.
-:mod:`diffboost.generation.monai_checkpoints` makes such folders from a team's files.
+:mod:`diffboost.generation.monai_import` makes such folders of a team's files.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from monai.networks.nets import AutoencoderKL, ControlNet, DiffusionModelUNet
-from monai.networks.nets.diffusion_model_unet import DiffusionUNetTransformerBlock
 from torch import nn
 
 from diffboost.generation.monai_part import MonaiPart
@@ -33,10 +32,6 @@ class MonaiUNet(MonaiPart):
     """
 
     network_class = DiffusionModelUNet
-
-    def text_projections(self) -> Iterator[nn.Module]:
-        """The projections whose input is the context as it is given to the network."""
-        return _text_projections(self.network)
 
     def forward(
         self,
@@ -117,10 +112,6 @@ class MonaiControlNet(MonaiPart):
         """The edge encoder."""
         return self.network.controlnet_cond_embedding
 
-    def text_projections(self) -> Iterator[nn.Module]:
-        """The projections whose input is the context as it is given to the network."""
-        return _text_projections(self.network)
-
     def forward(
         self,
         sample: torch.Tensor,
@@ -194,13 +185,6 @@ class MonaiAutoencoder(MonaiPart):
     def register_to_config(self, **values: object) -> None:
         """Changes the configuration, as diffusers' parts do."""
         self.config = FrozenDict({**self.config, **values})
-
-
-def _text_projections(network: nn.Module) -> Iterator[nn.Module]:
-    """The cross-attentions' projections to keys and values."""
-    for module in network.modules():
-        if isinstance(module, DiffusionUNetTransformerBlock):
-            yield from (module.attn2.to_k, module.attn2.to_v)
 
 
 MONAI_PARTS = {"vae": MonaiAutoencoder, "unet": MonaiUNet, "controlnet": MonaiControlNet}

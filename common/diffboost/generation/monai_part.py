@@ -2,10 +2,11 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from diffusers.configuration_utils import FrozenDict
+from monai.networks.nets.diffusion_model_unet import DiffusionUNetTransformerBlock
 from safetensors.torch import save_file
 from torch import nn
 
@@ -118,6 +119,12 @@ class MonaiPart(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         state = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         save_file(state, folder / WEIGHTS)
+
+    def text_projections(self) -> Iterator[nn.Module]:
+        """The cross-attentions' keys and values: they take the context as the network gets it."""
+        for module in self.network.modules():
+            if isinstance(module, DiffusionUNetTransformerBlock):
+                yield from (module.attn2.to_k, module.attn2.to_v)
 
     def enable_gradient_checkpointing(self) -> None:
         """Raises ValueError: MONAI's networks cannot compute activations again."""
