@@ -105,7 +105,7 @@ def fill_monai(
         text = " ".join(str(error).split())[:500]
         raise ValueError(f"{where} does not fit the network of its definition: {text}") from error
     missing = [name for name, value in network.state_dict().items() if value.isnan().any()]
-    unused = [name for name in left if UNUSED in name]
+    unused = [name for name in state if UNUSED in name]
     left = [name for name in left if UNUSED not in name]
     if missing or left:
         raise ValueError(
