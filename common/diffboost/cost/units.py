@@ -18,6 +18,7 @@ from diffboost.generation.decoding import load_decoder
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.generation.sampling import step_kinds
 from diffboost.generation.schedulers import build_scheduler
+from diffboost.generation.text import takes_prompts
 from diffboost.store_writer import EDGE_BATCH
 
 LATENT_BATCH = 32  # of build_cache
@@ -63,7 +64,9 @@ def latent_shape(backbone: str, image_size: int) -> tuple[int, int, int]:
 
 
 def context_shape(backbone: str) -> tuple[int, int]:
-    """(tokens, width) of a prompt's embedding."""
+    """(tokens, width) of a prompt's embedding, as ``embed_prompts`` gives it."""
+    if not takes_prompts(backbone):
+        return 1, 1
     config = load_config(backbone, "text_encoder")
     return config["max_position_embeddings"], config["hidden_size"]
 
@@ -138,7 +141,9 @@ def encoding(backbone: str, image_size: int, batch_size: int = LATENT_BATCH) -> 
 
 
 def embedding(backbone: str) -> Unit:
-    """The text encoder, a prompt."""
+    """The text encoder, a prompt; nothing where the UNet takes none."""
+    if not takes_prompts(backbone):
+        return Unit(0, 0, 0)
     with torch.device("meta"):
         encoder = load_part(backbone, "text_encoder")
     tokens = context_shape(backbone)[0]

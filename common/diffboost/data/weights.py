@@ -13,6 +13,12 @@ from torch import nn
 
 from diffboost.data.containment import refuse_special
 
+# Where trainers write the state dict that is not the file itself: Lightning, MONAI's
+# CheckpointSaver, and the scripts of monai-generative and MAISI.
+CONTAINERS = (
+    "state_dict", "model", "model_state_dict", "unet_state_dict", "autoencoder_state_dict",
+    "controlnet_state_dict",
+)  # fmt: skip
 # Lightning writes its own classes beside the weights; they are read as empty shells.
 INERT_MODULES = ("pytorch_lightning.", "lightning.")
 # What torch, zipfile and pickle raise on a damaged file.
@@ -33,7 +39,8 @@ def read_state(path: str | Path, prefix: str = "", key: str = "weights") -> dict
     """The tensors of a checkpoint whose names begin with ``prefix``, on the CPU.
 
     Args:
-        path: a .safetensors file, or one that torch wrote; a ``state_dict`` inside is opened.
+        path: a .safetensors file, or one that torch wrote; a state dict inside (under one of
+            ``CONTAINERS``) is opened.
         prefix: "" gives all tensors. Others are not kept in memory.
         key: what the file is, for messages.
 
@@ -110,7 +117,9 @@ def _read_torch(path: Path) -> Mapping:
     shells = [(Inert, name) for name in unsafe if name.startswith(INERT_MODULES)]
     with torch.serialization.safe_globals(shells):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else None
+    if isinstance(state, Mapping):
+        inner = (state[name] for name in CONTAINERS if isinstance(state.get(name), Mapping))
+        state = next(inner, state)
     if not isinstance(state, Mapping):
         raise ValueError("it holds no mapping of names to tensors")
     return {str(name): value for name, value in state.items()}

@@ -2,8 +2,9 @@
 
 A backbone is a folder in the layout of diffusers, with one sub-folder a part: ``tiny`` is such a
 folder inside this package, a hub id is one on the Hugging Face hub, any local folder is taken as it
-is. Or it is a single file in the original layout (:mod:`diffboost.generation.single_file`). So the
-tiny default and Stable Diffusion 1.5 differ in nothing but this name.
+is. Or it is a single file in the original layout (:mod:`diffboost.generation.single_file`). A
+folder's networks may be MONAI's (:mod:`diffboost.generation.monai_networks`). So the tiny default
+and Stable Diffusion 1.5 differ in nothing but this name.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffboost.data.documents import read_json
 from diffboost.files import sha256_of_files
+from diffboost.generation.config_limits import refuse_absurd
+from diffboost.generation.monai_networks import MonaiControlNet, MonaiUNet, is_monai, monai_class
 from diffboost.generation.single_file import (
     SUFFIXES,
     load_single_file,
@@ -36,8 +39,6 @@ logger = logging.getLogger(__name__)
 TINY_DIR = Path(__file__).parents[1] / "weights" / "tiny"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD15_DIR = TINY_DIR.with_name("sd15")  # configs alone, no weights
-LARGEST_SIZE = 1 << 20  # tokens, pixels, channels
-MOST_LAYERS = 1 << 10
 # What diffusers, transformers and safetensors raise on damaged parts.
 MISFITS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
@@ -122,29 +123,32 @@ def load_config(backbone: str, part: str) -> dict:
         raise ValueError(f"part: {part!r} is not one of {allowed}")
     if part == "controlnet" and _config_path(backbone, part) is None:
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(load_config(backbone, "unet"))
-            return dict(ControlNetModel.from_unet(unet, load_weights_from_unet=False).config)
+            return dict(new_branch(backbone, load_part(backbone, "unet")).config)
     path = _config_path(backbone, part)
     given = read_json(path, "backbone")
     refuse_absurd(given, path)
     if part == "text_encoder":
         return CLIPTextModel.config_class(**given).to_dict()
+    if is_monai(given):
+        return monai_class(part, given).complete(given)
     parameters = inspect.signature(PARTS[part].__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     return defaults | given
 
 
-def refuse_absurd(config: Mapping, path: Path) -> None:
-    """Raises ValueError for a number that no network of a backbone has, before one is built.
+def new_branch(backbone: str, unet: nn.Module) -> ControlNetModel | MonaiControlNet:
+    """A branch that starts from the UNet's encoder, with zero convolutions.
 
-    Source: engineering choice (issue 5, "Hostile input").
+    Args:
+        backbone: brings the number of the autoencoder's levels, for a UNet of MONAI's.
+        unet: the backbone's, of diffusers or of MONAI.
+
+    Source: ControlNet (Zhang et al. 2023).
     """
-    for name, value in config.items():
-        numbers = value if isinstance(value, list) else [value]
-        highest = MOST_LAYERS if "layers" in name else LARGEST_SIZE
-        for number in numbers:
-            if isinstance(number, int) and not -1 <= number <= highest:
-                raise ValueError(f"backbone: {path}: {name}: {value!r:.80}; at most {highest}")
+    if isinstance(unet, MonaiUNet):
+        levels = len(load_config(backbone, "vae")["block_out_channels"])
+        return MonaiControlNet.from_unet(unet, levels)
+    return ControlNetModel.from_unet(unet)
 
 
 def _config_path(backbone: str, part: str) -> Path | None:
@@ -191,12 +195,10 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
     if Path(root).is_file():
         loaded = _load_from_file(root, part)
     else:
-        load = read_tokenizer if part == "tokenizer" else PARTS[part].from_pretrained
-        options = {"use_safetensors": True} if issubclass(PARTS[part], nn.Module) else {}
-        if part != "tokenizer":
-            load_config(backbone, part)  # refuses absurd sizes before memory is taken
+        # refuses absurd sizes before memory is taken
+        config = {} if part == "tokenizer" else load_config(backbone, part)
         try:
-            loaded = load(root, subfolder=part, **options)
+            loaded = _load_from_folder(root, part, config)
         except OSError as error:
             raise _missing_part(backbone, part) from error
         except MISFITS as error:
@@ -207,6 +209,18 @@ def load_part(backbone: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSched
     if isinstance(loaded, nn.Module):
         loaded = loaded.float().eval().requires_grad_(False)
     return loaded
+
+
+def _load_from_folder(
+    root: str, part: str, config: Mapping
+) -> nn.Module | CLIPTokenizer | DDPMScheduler:
+    """One part of a folder or of a hub id."""
+    if part == "tokenizer":
+        return read_tokenizer(root, subfolder=part)
+    if is_monai(config):
+        return monai_class(part, config).load(Path(root) / part)
+    options = {"use_safetensors": True} if issubclass(PARTS[part], nn.Module) else {}
+    return PARTS[part].from_pretrained(root, subfolder=part, **options)
 
 
 def _load_from_file(path: str, part: str) -> nn.Module | CLIPTokenizer | DDPMScheduler:
@@ -225,7 +239,8 @@ def _without_weights(backbone: str, part: str) -> nn.Module:
     if part == "text_encoder":
         network = CLIPTextModel(CLIPTextModel.config_class(**config))
     else:
-        network = PARTS[part].from_config(config)
+        kind = monai_class(part, config) if is_monai(config) else PARTS[part]
+        network = kind.from_config(config)
     return network.eval().requires_grad_(False)
 
 

@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from diffboost.generation.monai_part import MonaiPart
 from diffboost.generation.networks import ControlledUNet
 
 
@@ -72,6 +73,9 @@ def constant_conditions(
 def _text_projections(network: ControlledUNet) -> Iterator[nn.Module]:
     """The projections whose input is the context as it is given to the network."""
     for part in (network.base, network.controlnet):
+        if isinstance(part, MonaiPart):
+            yield from part.text_projections()
+            continue
         if part.encoder_hid_proj is not None:  # the context is changed before it gets to them
             continue
         for module in part.modules():

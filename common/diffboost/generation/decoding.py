@@ -17,8 +17,8 @@ from diffboost.generation.backbones import (
     load_config,
     load_part,
     part_sha256,
-    refuse_absurd,
 )
+from diffboost.generation.config_limits import refuse_absurd
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.networks import GrayscaleAutoencoder
 

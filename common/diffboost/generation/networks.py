@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel
+from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from diffboost.data.weights import read_state
-from diffboost.generation.backbones import has_part, load_part
+from diffboost.generation.backbones import has_part, load_part, new_branch
+from diffboost.generation.monai_checkpoints import fill_monai, read_checkpoint
+from diffboost.generation.monai_networks import MonaiAutoencoder
+from diffboost.generation.monai_part import MonaiPart
 from diffboost.generation.single_file import fill_branch, key_groups
 from diffboost.generation.upsampling import fold_upsampling
 from diffboost.precision import autocast_dtype
@@ -53,7 +56,7 @@ class ControlledUNet(nn.Module):
         if has_part(backbone, "controlnet"):
             self.controlnet = load_part(backbone, "controlnet")
         else:
-            self.controlnet = ControlNetModel.from_unet(unet)
+            self.controlnet = new_branch(backbone, unet)
         if weights is not None:
             self._load(unet, Path(weights))
         fold_upsampling(unet, frozen=not train_base)
@@ -77,6 +80,10 @@ class ControlledUNet(nn.Module):
                 "write model.pt into their output_dir"
             )
         if not key_groups(path)["controlnet."]:
+            if isinstance(self.controlnet, MonaiPart):
+                where = f"weights: {path}"
+                fill_monai(self.controlnet.network, read_checkpoint(path, "weights"), where)
+                return
             fill_branch(self.controlnet, unet, path)
             self.controlnet.float(), unet.float()
             return
@@ -127,7 +134,8 @@ class ControlledUNet(nn.Module):
         if timesteps is None:
             timesteps = image.new_zeros(image.shape[0], dtype=torch.long)
         if context is None:
-            context = image.new_zeros(image.shape[0], 1, self.base.config.cross_attention_dim)
+            width = self.base.config.cross_attention_dim or 1  # MONAI's may take none
+            context = image.new_zeros(image.shape[0], 1, width)
         down, middle = None, None
         if edge is not None and control_scale != 0:
             hint = edge.expand(-1, self.controlnet.config.conditioning_channels, -1, -1)
@@ -148,13 +156,13 @@ class GrayscaleAutoencoder(nn.Module):
     """Stable Diffusion's autoencoder for grayscale images, with the paper's averaging output block.
 
     Args:
-        autoencoder: an AutoencoderKL, whose upsampling convolutions are folded; a gray image is
-            copied to its input channels.
+        autoencoder: an AutoencoderKL, whose upsampling convolutions are folded (not MONAI's); a
+            gray image is copied to its input channels.
 
     Source: paper Sec. 3.1, Fig. 1a (cross-channel average at the final output).
     """
 
-    def __init__(self, autoencoder: AutoencoderKL) -> None:
+    def __init__(self, autoencoder: AutoencoderKL | MonaiAutoencoder) -> None:
         super().__init__()
         fold_upsampling(autoencoder)
         self.autoencoder = autoencoder

@@ -1,10 +1,33 @@
 """Prompts to embeddings: the frozen text encoder, and the weighted mix used at synthesis."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 
-from diffboost.generation.backbones import load_part
+from diffboost.generation.backbones import has_part, load_config, load_part
+
+logger = logging.getLogger(__name__)
+
+
+def takes_prompts(backbone: str) -> bool:
+    """Whether a backbone's UNet is conditioned on texts; where it is not, the log says it once."""
+    if not has_part(backbone, "unet"):
+        return True
+    conditioned = load_config(backbone, "unet").get("with_conditioning", True)
+    if not conditioned:
+        _warn_once(
+            f"backbone: the UNet of {backbone} is not conditioned (with_conditioning: false): "
+            "prompts and guidance change nothing"
+        )
+    return conditioned
+
+
+@lru_cache(maxsize=64)
+def _warn_once(message: str) -> None:
+    """Logs a warning that a process has not yet logged."""
+    logger.warning(message)
 
 
 def embed_prompts(
@@ -19,10 +42,12 @@ def embed_prompts(
         batch_size: prompts encoded at a time.
 
     Returns:
-        (N, tokens, width) float32 on the CPU.
+        (N, tokens, width) float32 on the CPU; (N, 1, 1) zeros where the UNet takes no prompts.
 
     Source: paper Sec. 3.1 (CLIP text conditioning).
     """
+    if not takes_prompts(backbone):
+        return torch.zeros(len(prompts), 1, 1)
     tokenizer = load_part(backbone, "tokenizer")
     encoder = load_part(backbone, "text_encoder").to(device)
     embeddings = []
