@@ -78,7 +78,7 @@ def main(release: Path, store: Path, work: Path) -> None:
         files = [str(configs / f"{name}.json") for name in names]
         paths = {"output_dir": str(work / names[-1])}
         if kind == "train":
-            paths |= {"store_dir": str(store)}
+            paths |= {"store_dir": str(store), "batch_size": 2}  # the store is small
         workflow = ConfigWorkflow(
             files, meta, logging_file=False, workflow_type=kind, **(root | paths)
         )
