@@ -86,7 +86,8 @@ def file_page(path: Path) -> str:
     name = path.relative_to(REPOSITORY)
     language = LANGUAGES.get(path.suffix, path.suffix.lstrip("."))
     text = path.read_text(encoding="utf-8").rstrip()
-    return f"---\ntitle: {path.name}\n---\n# {path.name}\n\n`{name}`\n\n`````{language}\n{text}\n`````\n"
+    block = f"`````{language}\n{text}\n`````\n"
+    return f"---\ntitle: {path.name}\n---\n# {path.name}\n\n`{name}`\n\n{block}"
 
 
 def api_pages() -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documents import DOCUMENTS
 from monai.bundle.config_item import ComponentLocator
 from packaging.requirements import Requirement
 
@@ -238,11 +239,6 @@ def check_flags(words: list[str], roots: list[Path], where: str) -> None:
     """Asserts that the command fits at least one of the folders from which it may be run."""
     found = [unknown_flags(words, root) for root in roots]
     assert set() in found, f"{where}: {' '.join(words)}: unknown: {found}"
-
-
-DOCUMENTS = [REPOSITORY / "README.md"]
-DOCUMENTS += sorted((REPOSITORY / "bundles").glob("*/docs/README.md"))
-DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
