@@ -19,6 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "common" / "diffboost"
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")
 CODE = re.compile(r"^( *)(```+).*?^\1\2`*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+FLAG = re.compile(r'(?<=<span class="w"> </span>)--[^\s<]+')
+ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):(?=<code>)")
 PICTURES = (".png", ".svg", ".jpg", ".gif")
 LANGUAGES = {".yml": "yaml", ".py": "python", ".sh": "bash", ".smk": "python", ".conf": "ini"}
 
@@ -36,8 +38,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = written_elsewhere()
     generated = dict(api_pages())
     for path, place in pages.items():
-        title = path.parents[1].name if path.parent.name == "docs" else path.stem
-        title = {"README": "Overview", "SECURITY": "Security"}.get(title, title)
+        title = {"readme": "Overview", "security": "Security"}.get(
+            Path(place).stem, Path(place).stem
+        )
         generated[place] = f"---\ntitle: {title}\n---\n{path.read_text(encoding='utf-8')}"
     written = [Path(file.abs_src_path) for file in files.documentation_pages()]
     linked = {target for path in [*written, *pages] for target in linked_files(path)}
@@ -69,6 +72,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return "".join(
         part if is_code else LINK.sub(site_link, part) for part, is_code in _parts(markdown)
     )
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keeps the flags of a highlighted command in one piece, and takes Sphinx's roles away."""
+    html = ROLE.sub("", html)
+    return FLAG.sub(r'<span class="flag">\g<0></span>', html)
 
 
 def linked_files(path: Path) -> set[Path]:
