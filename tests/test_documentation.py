@@ -33,8 +33,8 @@ from diffboost.prepare import prepare
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 # What a reader may be told to call; a new program is added here, a misspelt one is found.
-PROGRAMS = {"python", "torchrun", "diffboost", "make", "cd", ".", "source", "export", "pip"}
-PROGRAMS |= {"hf", "git", "curl", "zip", "unzip", "ls", "cat", "cp", "mkdir", "monailabel"}
+PROGRAMS = {"python", "python3", "torchrun", "diffboost", "make", "cd", ".", "source", "export"}
+PROGRAMS |= {"pip", "hf", "git", "curl", "zip", "unzip", "ls", "cat", "cp", "mkdir", "monailabel"}
 PROGRAMS |= {"nvflare", "mlflow", "tensorboard", "bash", "mkdocs", "snakemake"}
 PACKAGE = REPOSITORY / "common" / "diffboost"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -58,7 +58,7 @@ def check_command(words: list[str]) -> None:
         cli._refuse_misspelt(arguments)
     elif program == "make":
         check_make(arguments)
-    elif program == "python" and arguments[0].endswith(".py"):
+    elif program in ("python", "python3") and arguments[0].endswith(".py"):
         script = (REPOSITORY / arguments[0]).read_text(encoding="utf-8")
         for word in arguments[1:]:
             flag = word.partition("=")[0]
