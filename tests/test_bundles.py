@@ -16,6 +16,8 @@ from documents import DOCUMENTS
 from monai.bundle.config_item import ComponentLocator
 from packaging.requirements import Requirement
 
+from diffboost.knobs import RUNNER_ARGUMENTS
+
 REPOSITORY = Path(__file__).parents[1]
 BUNDLES = sorted((REPOSITORY / "bundles").iterdir())
 CONFIGS = sorted((REPOSITORY / "bundles").glob("*/configs/*.yaml"))
@@ -229,7 +231,7 @@ def unknown_flags(words: list[str], root: Path) -> set[str] | None:
     paths = [root / name for name in (yaml.safe_load(value) if value[0] == "[" else [value])]
     if not all(path.is_file() for path in paths):
         return None
-    known = {"config_file", "bundle_root"}
+    known = RUNNER_ARGUMENTS | {"bundle_root"}
     known |= {key.lstrip("+").split("::")[0] for path in paths for key in read(path)}
     flags = [re.split("=|::", word[2:])[0] for word in words if word.startswith("--")]
     return set(flags) - known
