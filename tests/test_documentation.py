@@ -194,5 +194,5 @@ def test_the_first_command_of_the_start_page_runs(tmp_path):
     settings = {key[2:]: value for key, value in zip(words[4::2], words[5::2], strict=True)}
     settings |= {key: str(REPOSITORY / settings[key]) for key in ("config_file", "bundle_root")}
     settings |= {"store_dir": str(tmp_path / "store"), "image_size": 32}
-    run(**settings, phantoms={"num_training": 3, "num_test": 1})
+    run(**settings, phantoms={"num_training": 3, "num_test": 1}, group_duplicates=False)
     assert (tmp_path / "store" / "contact_sheet.png").is_file()
