@@ -38,13 +38,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = written_elsewhere()
     generated = dict(api_pages())
     for path, place in pages.items():
-        title = {"readme": "Overview", "security": "Security"}.get(
-            Path(place).stem, Path(place).stem
-        )
+        name = Path(place).stem
+        title = {"readme": "Overview", "security": "Security"}.get(name, name)
         generated[place] = f"---\ntitle: {title}\n---\n{path.read_text(encoding='utf-8')}"
     written = [Path(file.abs_src_path) for file in files.documentation_pages()]
     linked = {target for path in [*written, *pages] for target in linked_files(path)}
-    for path in sorted(linked - set(written) - set(pages)):
+    for path in sorted(linked - set(pages)):
         if path.suffix in PICTURES:
             place = _place(path, pages)
             files.append(File.generated(config, place, abs_src_path=str(path)))
@@ -86,8 +85,8 @@ def linked_files(path: Path) -> set[Path]:
     for part, is_code in _parts(path.read_text(encoding="utf-8")):
         targets = [] if is_code else [(path.parent / name).resolve() for name in LINK.findall(part)]
         found |= {target for target in targets if target.is_file()}
-    docs = REPOSITORY / "docs"
-    return {target for target in found if REPOSITORY in target.parents and docs != target.parent}
+    inside = {target for target in found if REPOSITORY in target.parents}
+    return {target for target in inside if REPOSITORY / "docs" not in target.parents}
 
 
 def file_page(path: Path) -> str:
