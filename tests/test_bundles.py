@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documents import DOCUMENTS
 from monai.bundle.config_item import ComponentLocator
 from packaging.requirements import Requirement
+
+from diffboost.knobs import RUNNER_ARGUMENTS
 
 REPOSITORY = Path(__file__).parents[1]
 BUNDLES = sorted((REPOSITORY / "bundles").iterdir())
@@ -228,7 +231,7 @@ def unknown_flags(words: list[str], root: Path) -> set[str] | None:
     paths = [root / name for name in (yaml.safe_load(value) if value[0] == "[" else [value])]
     if not all(path.is_file() for path in paths):
         return None
-    known = {"config_file", "bundle_root", "tracking"}
+    known = RUNNER_ARGUMENTS | {"bundle_root"}
     known |= {key.lstrip("+").split("::")[0] for path in paths for key in read(path)}
     flags = [re.split("=|::", word[2:])[0] for word in words if word.startswith("--")]
     return set(flags) - known
@@ -238,11 +241,6 @@ def check_flags(words: list[str], roots: list[Path], where: str) -> None:
     """Asserts that the command fits at least one of the folders from which it may be run."""
     found = [unknown_flags(words, root) for root in roots]
     assert set() in found, f"{where}: {' '.join(words)}: unknown: {found}"
-
-
-DOCUMENTS = [REPOSITORY / "README.md"]
-DOCUMENTS += sorted((REPOSITORY / "bundles").glob("*/docs/README.md"))
-DOCUMENTS += sorted((REPOSITORY / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
@@ -255,13 +253,14 @@ def test_every_documented_knob_exists(path):
 
 
 def test_the_makefile_sets_knobs_that_exist():
-    targets = ["setup", "demo", "test", "lint", "tiny_weights", "paper_small", "study"]
+    targets = ["setup", "demo", "test", "lint", "tiny_weights", "segmentation_weights"]
+    targets += ["paper_small", "study"]
     targets += ["EXPERIMENT=x.yaml", f"DATA={REPOSITORY}"]
     done = subprocess.run(
         ["make", "--dry-run", *targets], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     commands = bundle_commands(done.stdout)
-    assert len(commands) == 6
+    assert len(commands) == 9
     for words in commands:
         check_flags(words, [REPOSITORY], "Makefile")
     assert "diffboost study workflow/experiments/demo.yaml" in done.stdout

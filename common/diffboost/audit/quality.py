@@ -180,9 +180,7 @@ def judge_variants(
 ) -> tuple[pd.DataFrame, list[dict], dict]:
     """The manifest with scores and verdicts, the variants' items, and how all this came about.
 
-    Args:
-        store_dir, synthetic_dir, segmenter_dir, segmenter_configs, fold, inner_fraction, num_cases,
-            max_lost, num_calibrated, seed, batch_size, device: see ``filter_variants``.
+    The arguments are those of ``filter_variants``.
 
     Source: engineering choice.
     """

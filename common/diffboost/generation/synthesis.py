@@ -269,8 +269,9 @@ def variant_facts(
         generator_dir: its model and lineage are named by their hashes.
         backbone: named, and hashed.
         seed, noise_address: of the noise.
-        scheduler, num_inference_steps, guidance_scale, guidance_interval, control_scale,
-            control_interval, decoder, precision: of the inferer; the decoder is named, and hashed.
+        scheduler, num_inference_steps, guidance_scale, guidance_interval: of the inferer.
+        control_scale, control_interval, precision: of the inferer.
+        decoder: of the inferer; named, and hashed.
         prompt_weights, image_size: of :class:`VariantConditions`.
         batch_size: variants a pass, on which rounding depends.
         license: terms of the variants, in words.
