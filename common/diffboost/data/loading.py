@@ -10,6 +10,8 @@ import torch
 from monai.data import MetaTensor
 from torch.utils.data import Dataset
 
+from diffboost.data.dicom_labels import check_segments
+from diffboost.data.dicom_series import is_dicom, read_headers
 from diffboost.data.images import read_image
 from diffboost.data.sources import IMAGE_SUFFIXES, Case
 from diffboost.data.transforms import LoadSliced, case_preprocessing, intensity_step
@@ -192,6 +194,10 @@ def _check_files(case: Case) -> None:
         key = "image" if path == case.image else "label"
         if path.suffix.lower() in IMAGE_SUFFIXES:
             read_image(path, key)
+        elif is_dicom(path) and key == "image":
+            read_headers(path, key)
+        elif is_dicom(path):
+            check_segments(path, case.image)
         else:
             check_volume(path, key)
 
