@@ -7,7 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import pandas as pd
 
-from diffboost.data.dicom_series import is_dicom, read_headers, series_affine
+from diffboost.data.dicom_geometry import series_affine
+from diffboost.data.dicom_series import is_dicom, read_headers
 from diffboost.data.images import picture_size
 from diffboost.data.phantoms import write_decathlon_task
 from diffboost.data.slices import read_store

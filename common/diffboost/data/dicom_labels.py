@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from monai.utils import optional_import
 
-from diffboost.data.dicom_pixels import PLAIN
+from diffboost.data.dicom_pixels import HAS_DECODERS, PLAIN
 from diffboost.data.dicom_series import (
     BESIDE,
     is_dicom,
@@ -34,6 +34,10 @@ def need_highdicom(what: str) -> None:
     if not HAS_HIGHDICOM:
         raise ModuleNotFoundError(
             f"{what}: DICOM SEG needs highdicom; install the extra: pip install diffboost[dicom]"
+        )
+    if not HAS_DECODERS and not hasattr(np, "float_"):
+        raise ModuleNotFoundError(
+            f"{what}: highdicom for pydicom 2 needs numpy below 2; install pydicom 3 or numpy 1.26"
         )
 
 
