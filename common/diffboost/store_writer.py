@@ -192,17 +192,21 @@ class StoreWriter:
         rejected.to_csv((self.home or self.store_dir) / "rejected.csv", index=False)
         index["group"] = self._groups(index)
         training = index.case[index.section == "training"].unique()
-        num_folds = self.wanted["num_folds"]
-        if (index.section == "test").any():  # folds only move the inner validation then
-            num_folds = min(num_folds, len(training))
-        groups = dict(zip(index.case, index.group, strict=True))
-        folds = assign_folds(
-            training, num_folds, self.wanted["seed"], self.wanted["fold_order"], groups
-        )
+        folds = self._folds(index, training) if self.wanted["num_folds"] else {}
         index["fold"] = index.case.map(folds).fillna(-1).astype(int)
         write_table(self.store_dir / "index.parquet", index[list(INDEX_COLUMNS)])
         sections = index.drop_duplicates("case").section.value_counts()
         finish_store(self.store_dir, self.wanted, self.detector, sections)
+
+    def _folds(self, index: pd.DataFrame, training: Sequence[str]) -> dict[str, int]:
+        """The fold of every case of section training."""
+        num_folds = self.wanted["num_folds"]
+        if (index.section == "test").any():  # folds only move the inner validation then
+            num_folds = min(num_folds, len(training))
+        groups = dict(zip(index.case, index.group, strict=True))
+        return assign_folds(
+            training, num_folds, self.wanted["seed"], self.wanted["fold_order"], groups
+        )
 
     def _groups(self, index: pd.DataFrame) -> pd.Series:
         """The group of every row: cases that show the same scan; writes them to duplicates.csv."""

@@ -116,6 +116,7 @@ def selection_items(
     min_foreground_px: int = 0,
     inner_fraction: float = 0.2,
     num_cases: int | None = None,
+    training: Sequence[dict] = (),
 ) -> list[dict]:
     """The slices on which the best epoch is chosen.
 
@@ -128,6 +129,7 @@ def selection_items(
         min_foreground_px: as in training.
         inner_fraction: part of the fold's training cases kept for inner validation.
         num_cases: of the training fold, see ``training_items``.
+        training: what is trained on; next to a client's volumes no slice of the store is meant.
 
     Raises:
         ValueError: unknown selection, or no case is kept for inner validation.
@@ -136,6 +138,8 @@ def selection_items(
     """
     if selection not in SELECTIONS:
         raise ValueError(f"selection: {selection!r} is unknown; {nearest(selection, SELECTIONS)}")
+    if are_volumes(training):
+        return []
     if selection == "test":
         return slice_items(store_dir, fold, "test", min_foreground_px=min_foreground_px)
     if not 0 < inner_fraction < 1:
@@ -146,6 +150,14 @@ def selection_items(
     return slice_items(
         store_dir, fold, selection, inner_fraction=inner_fraction, num_cases=num_cases
     )
+
+
+def are_volumes(items: Sequence[dict]) -> bool:
+    """Whether items are a client's volumes or pictures with labels, not slices of a store.
+
+    Source: engineering choice (MONAI Label lists ``{image, label}`` alone).
+    """
+    return len(items) > 0 and "case" not in items[0]
 
 
 def check_store(
