@@ -1,8 +1,12 @@
 """`diffboost dicom check`: which folders are whole series of gray slices at equal distances."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from diffboost.data.dicom_series import need_dicom, read_headers
+import numpy as np
+
+from diffboost.data.dicom_series import TAGS, need_dicom, read_dataset, read_headers
 
 
 def check_folders(dataset_dir: str | Path) -> dict[str, str]:
@@ -25,8 +29,21 @@ def check_folders(dataset_dir: str | Path) -> dict[str, str]:
     reasons = {}
     for folder in folders:
         try:
-            read_headers(folder, "series")
-            reasons[folder.name] = ""
+            reasons[folder.name] = _check_numbers(read_headers(folder, "series"))
         except ValueError as error:
             reasons[folder.name] = str(error)
     return reasons
+
+
+def _check_numbers(headers: Sequence[Any]) -> str:
+    """Why MONAI alone, which stacks by InstanceNumber, would stack a good series wrongly; or ""."""
+    paths = [Path(each.filename) for each in headers]
+    files = [read_dataset(path, "series", TAGS, pixels=False) for path in paths]
+    numbers = [int(file.get("InstanceNumber") or 0) for file in files]
+    steps = np.sign(np.diff(numbers))
+    if abs(steps.sum()) == len(steps):
+        return ""
+    return (
+        "its InstanceNumbers do not follow the places of its slices: prepare goes by places, "
+        "inference.yaml by numbers; number the files anew, or convert them to NIfTI (dcm2niix)"
+    )
