@@ -67,7 +67,9 @@ def save(ds: FileDataset, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if pydicom.__version__ < "3":
         ds.is_little_endian, ds.is_implicit_VR = True, ds.file_meta.TransferSyntaxUID.is_implicit_VR
-    ds.save_as(path, write_like_original=False)
+        ds.save_as(path, write_like_original=False)
+    else:
+        ds.save_as(path, enforce_file_format=True)
     return path
 
 

@@ -1,7 +1,9 @@
 """DICOM in (series, SEG labels, bad headers) and out (SEG of predictions, synthetic images)."""
 
+import io
 import json
 import logging
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import raw_data
 import raw_dicom
 import torch
 from monai.bundle import ConfigParser
+from PIL import Image
 from pydicom.encaps import encapsulate
 from test_patient_data import written
 
@@ -24,7 +27,11 @@ from diffboost.data import dicom_labels, dicom_series
 from diffboost.data.dicom_labels import read_segments
 from diffboost.data.dicom_pixels import LOSSLESS
 from diffboost.data.dicom_series import read_headers
+from diffboost.data.loading import CaseDataset, LoadedCase
 from diffboost.data.slices import case_items, read_store
+from diffboost.data.sources import read_source
+from diffboost.data.tasks import read_task
+from diffboost.data.transforms import LoadSliced
 from diffboost.data.volume_reader import load_volume
 from diffboost.dicom import commands
 from diffboost.dicom.segmentations import read_labels, write_segmentations
@@ -38,6 +45,7 @@ from diffboost.segmentation.evaluation import source_preprocessing
 CONFIG = str(
     Path(__file__).parents[1] / "bundles" / "diffboost_segmentation" / "configs" / "inference.yaml"
 )
+JPEG = "1.2.840.10008.1.2.4.50"
 SMALL = {"image_size": 32, "num_classes": 3, "channels": [4, 8, 8], "device": "cpu"}
 FLIP = (slice(None, None, -1), slice(None, None, -1))  # the series grows left and back, not (R, A)
 
@@ -65,7 +73,7 @@ def changed(path: Path, **tags) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three cases as series with NIfTI labels, the same as NIfTI, predictions, and both stores."""
+    """Three cases as series with NIfTI labels, the same as NIfTI, predictions, and a store."""
     folder = tmp_path_factory.mktemp("dicom")
     raw_dicom.write_cases(folder / "raw")
     names = [f"case_{number:03d}.nii.gz" for number in range(3)]
@@ -78,7 +86,6 @@ def folder(tmp_path_factory):
     entries = [{"image": f"imagesTr/{name}", "label": f"labelsTr/{name}"} for name in names]
     raw_data.write_json(folder / "nifti", {"training": entries})
     prepared(folder / "raw", "store", raw_dicom.TASK)
-    prepared(folder / "nifti", "nifti_store", raw_data.TASK_3D)
     (folder / "model.pt").write_bytes(b"weights")
     names = {"0": "background", "1": "left part", "2": "right part"}
     channels = {"network_data_format": {"outputs": {"pred": {"channel_def": names}}}}
@@ -93,24 +100,26 @@ def folder(tmp_path_factory):
 # In: series and labels
 
 
-def pixels_of(store_dir: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(store_dir.glob("*s/*.png"))]
-
-
 def test_a_series_is_the_volume_that_its_nifti_holds(folder):
     series = load_volume(str(folder / "raw/images/case_001"), "image")
     nifti = load_volume(str(folder / "nifti/imagesTr/case_001.nii.gz"), "image")
     assert torch.equal(series.as_tensor(), nifti.as_tensor())  # rescaled: 0.5 x - 50
     assert torch.allclose(series.affine, nifti.affine, atol=1e-6)
     assert sorted(set(map(str, series.meta)) & {"00100010", "00100020", "00081030"}) == []
-    stores = [read_store(folder / name) for name in ("store", "nifti_store")]
-    assert len(pixels_of(stores[0].store_dir)) == 3 * 15
-    assert pixels_of(stores[0].store_dir) == pixels_of(stores[1].store_dir)
-    for name in ("spacing_mm", "original_shape", "affine", "fold", "foreground_px", "prompt"):
-        found, wanted = (store.index[name].tolist() for store in stores)
-        assert np.array_equal(np.array(found), np.array(wanted)), name
+    store = read_store(folder / "store")
+    volumes = read_source(folder / "nifti", raw_data.TASK_3D).cases
+    wanted = CaseDataset(volumes, read_task(raw_data.TASK_3D), 32)
+    load = LoadSliced(["image", "label"])
+    for number, row in enumerate(store.index.to_dict("records")):
+        case = wanted[number // 5]
+        found = load({key: str(store.path(row[key])) for key in ("image", "label")})
+        assert torch.equal(found["label"], case.labels[number % 5])
+        assert torch.allclose(found["image"], case.images[number % 5], atol=2 / 65535)
+        for name in ("spacing_mm", "original_shape", "affine"):
+            assert np.allclose(row[name], getattr(case, name))
+    assert number == 14
     sources = [folder / "raw/images/case_000", folder / "raw/labels/case_000.nii.gz"]
-    assert stores[0].index.source_sha256[0] == sha256_of_files(sources)
+    assert store.index.source_sha256[0] == sha256_of_files(sources)
 
 
 def test_no_header_of_a_series_gets_into_a_store(folder):
@@ -118,43 +127,32 @@ def test_no_header_of_a_series_gets_into_a_store(folder):
     assert not [value for value in raw_dicom.SECRETS.values() if value.encode() in told]
 
 
-def test_evaluation_reads_the_series_and_knows_changed_ones(folder, tmp_path):
+def test_evaluation_reads_the_series_and_knows_changed_ones(folder):
     item = case_items(folder / "store", 0, "all")[0]
     loaded = source_preprocessing(str(folder / "store"))(item)
     assert loaded["label"].shape[1:] == (20, 24, 5) and loaded["image"].shape == (1, 32, 32, 5)
-    root = raw_dicom.write_cases(tmp_path / "raw")
-    store_dir = prepared(root, "store", raw_dicom.TASK)
-    changed(first_file(root / "images/case_000"), RescaleIntercept=-49)
+    path = first_file(folder / "raw/images/case_000")
+    whole = path.read_bytes()
+    changed(path, RescaleIntercept=-49)
     with pytest.raises(ValueError, match="case_000' are damaged or others"):
-        case_items(store_dir, 0, "all")
+        case_items(folder / "store", 0, "all")
+    path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("place", ["file", "folder", "listed"])
 def test_labels_as_seg_are_those_as_nifti(folder, tmp_path, place):
     root, task = tmp_path / "raw", raw_dicom.TASK
-    (root / "labels").mkdir(parents=True)
-    (root / "images").symlink_to(folder / "raw/images")
-    entries = []
-    for number in range(1, 3):
-        name = f"case_{number:03d}"
-        target = root / "labels" / (name if place == "folder" else f"{name}.dcm")
-        target = target / "seg.dcm" if place == "folder" else target
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes((folder / "seg" / f"{name}_seg.dcm").read_bytes())
-        entries.append({"image": f"images/{name}", "label": f"labels/{name}.dcm"})
-        series = folder / "raw/images" / name
-        (tmp_path / "copy" / name).mkdir(parents=True)
-        for path in series.iterdir():
-            (tmp_path / "copy" / name / path.name).write_bytes(path.read_bytes())
-    (root / "images").unlink()
-    (tmp_path / "copy").rename(root / "images")
+    raw_dicom.write_series(root / "images/case_001", 1)
+    target = root / "labels" / ("case_001/seg.dcm" if place == "folder" else "case_001.dcm")
+    target.parent.mkdir(parents=True)
+    target.write_bytes((folder / "seg/case_001_seg.dcm").read_bytes())
     if place == "listed":
         task = raw_data.TASK_3D
-        raw_data.write_json(root, {"training": entries})
-    store_dir = prepare(root, tmp_path / "store", task, 32, "gradient", num_folds=2)
-    for path in sorted((store_dir / "labels").iterdir()):
-        assert path.read_bytes() == (folder / "store/labels" / path.name).read_bytes()
-    assert len(list((store_dir / "labels").iterdir())) == 10
+        entry = {"image": "images/case_001", "label": "labels/case_001.dcm"}
+        raw_data.write_json(root, {"training": [entry]})
+    loaded = CaseDataset(read_source(root, task).cases, read_task(task), 32)[0]
+    wanted = [folder / f"store/labels/case_001_{number:04d}.png" for number in range(5)]
+    assert np.array_equal(loaded.labels[:, 0].numpy(), np.stack(list(map(Image.open, wanted))))
 
 
 def test_a_seg_of_another_series_is_refused(folder):
@@ -170,7 +168,12 @@ def compressed(folder: Path, uid: str) -> None:
     for path in folder.iterdir():
         ds = pydicom.dcmread(path)
         pixels = ds.pixel_array.astype(np.uint16)  # the encoders want unsigned numbers
-        frame = highdicom.frame.encode_frame(pixels, uid, 16, 16, "MONOCHROME2", 0)
+        if LOSSLESS[uid].startswith("JPEG 2000"):  # highdicom wants 32 pixels
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "JPEG2000", no_jp2=True)
+            frame = file.getvalue()
+        else:
+            frame = highdicom.frame.encode_frame(pixels, uid, 16, 16, "MONOCHROME2", 0)
         ds.PixelData, ds.PixelRepresentation = encapsulate([frame]), 0
         ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
         ds.file_meta.TransferSyntaxUID = uid
@@ -185,7 +188,6 @@ def test_lossless_codes_give_the_same_voxels(tmp_path, name):
     compressed(series, uid)
     assert torch.equal(load_volume(str(series), "image").as_tensor(), plain.as_tensor())
     if name != "RLE Lossless":
-        changed(first_file(series), Rows=12)
         for path in series.iterdir():
             changed(path, Rows=12)
         with pytest.raises(ValueError, match="its code stream claims 20 x 24 pixels, its header"):
@@ -230,15 +232,28 @@ def tags(every: bool = False, **values):
     return change
 
 
-def syntax(uid: str):
-    def change(folder):
-        for path in folder.iterdir():
-            old, new = b"1.2.840.10008.1.2.1\0", uid.encode().ljust(20, b"\0")
-            content = path.read_bytes()
-            assert content.count(old) == 1
-            path.write_bytes(content.replace(old, new[:20]))
+def deflated(folder):
+    path = first_file(folder)
+    ds = pydicom.dcmread(path)
+    ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
+    raw_dicom.save(ds, path)
 
-    return change
+
+def lossy(folder):
+    path = first_file(folder)
+    ds = pydicom.dcmread(path)
+    ds.file_meta.TransferSyntaxUID, ds.PixelData = JPEG, encapsulate([b"\xff\xd8\xff\xd9"])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    raw_dicom.save(ds, path)
+
+
+def pipe(folder):
+    os.mkfifo(folder / "pipe.dcm")
+
+
+def link_out(folder):
+    path = first_file(folder)
+    (folder / "out.dcm").symlink_to(path.rename(folder.with_name("elsewhere.dcm")))
 
 
 def cut(folder):
@@ -255,7 +270,7 @@ BAD = {
     "localizer": (tags(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "mixed orientations"),
     "color": (tags(every=True, SamplesPerPixel=3, PhotometricInterpretation="RGB"), "color or inv"),
     "inverted": (tags(PhotometricInterpretation="MONOCHROME1"), "MONOCHROME2 are read"),
-    "frames": (tags(NumberOfFrames=3, BitsAllocated=8), "multi-frame, 3 frames .* dcm2niix"),
+    "frames": (tags(NumberOfFrames=2, BitsAllocated=8), "multi-frame, 2 frames .* dcm2niix"),
     "alone": (alone, "one slice; a volume has two or more"),
     "no place": (tags(ImagePositionPatient=None), "lacks ImagePositionPatient"),
     "slope": (tags(RescaleSlope=0), "RescaleSlope 0.0 or"),
@@ -266,8 +281,10 @@ BAD = {
     "huge": (tags(Rows=65535, Columns=65535), "claims 65535 x 65535 pixels; 1 to"),
     "hollow": (tags(Rows=4000, Columns=4000), "cut off: .* bytes cannot hold the 32000000"),
     "cut off": (cut, "cut off: "),
-    "deflated": (syntax("1.2.840.10008.1.2.1.99"), "Deflated .* is not read; allowed: Implicit"),
-    "lossy": (syntax("1.2.840.10008.1.2.4.50"), "JPEG Baseline .* is not read"),
+    "deflated": (deflated, "Deflated .* is not read; allowed: Implicit"),
+    "lossy": (lossy, "JPEG Baseline .* is not read"),
+    "pipe": (pipe, "pipe.dcm is no plain file"),
+    "link": (link_out, "out.dcm is a link that leads out of its folder"),
     "other file": (lambda f: (f / "notes").write_text("x"), "notes is no DICOM file"),
     "empty": (lambda f: [path.unlink() for path in f.iterdir()], "no DICOM file; a case is"),
 }
@@ -321,18 +338,19 @@ def test_damaged_headers_are_named_or_read_and_nothing_else_is_raised(tmp_path):
     assert refused > 50
 
 
-def test_prepare_says_why_a_series_was_rejected(tmp_path):
-    root = raw_dicom.write_cases(tmp_path / "raw", 4)
-    next((root / "images/case_003").glob("*_2.dcm")).unlink()
+def test_a_bad_case_is_a_row_with_the_reason(tmp_path):
+    root, task = raw_dicom.write_cases(tmp_path / "raw", 3), read_task(raw_dicom.TASK)
+    next((root / "images/case_001").glob("*_2.dcm")).unlink()
     (root / "labels/case_002.nii.gz").unlink()
-    with pytest.raises(ValueError, match="2 of 4 cases were rejected"):
-        prepared(root, "store", raw_dicom.TASK)
-    task = raw_dicom.TASK
-    store_dir = prepare(root, tmp_path / "s", task, 32, "gradient", num_folds=2,
-                        max_rejected_fraction=0.5)  # fmt: skip
-    reasons = pd.read_csv(store_dir / "rejected.csv").set_index("file").reason
+    (root / "images/notes.txt").write_text("x")
+    source = read_source(root, task)
+    reasons = dict(source.rejected)
     assert "one label is needed in labels; found: none of case_002," in reasons["images/case_002"]
-    assert "1 slices are missing" in reasons["images/case_003"]
+    assert reasons["images/notes.txt"] == "no folder; a case is a folder of one series"
+    cases = CaseDataset(source.cases, task, 32)
+    assert isinstance(cases[0], LoadedCase) and "1 slices are missing" in cases[1]
+    with pytest.raises(FileNotFoundError, match="no folder images in .* series: folders images"):
+        read_source(root / "images", task)
 
 
 def test_without_the_extra_it_is_named(folder, monkeypatch):
@@ -444,10 +462,19 @@ def test_inference_of_a_series_is_that_of_its_nifti_and_becomes_a_seg(folder, tm
         assert np.array_equal(back, np.asarray(found.dataobj)) and back.any()
 
 
+def refusal(folder: Path) -> str:
+    """What inference of a folder's raw/ says, with the causes."""
+    with pytest.raises(RuntimeError) as caught:
+        infer(folder / "raw", folder / "out")
+    error, told = caught.value, ""
+    while error is not None:
+        error, told = error.__cause__, f"{told}{error}\n"
+    return told
+
+
 def test_inference_refuses_color_and_folders_with_a_dot(tmp_path):
     series = raw_dicom.write_series(tmp_path / "raw/1.2.3", 0)
-    with pytest.raises(Exception, match="name folders of series without a dot: .*1.2.3"):
-        infer(tmp_path / "raw", tmp_path / "out")
+    assert "name folders of series without a dot: " in refusal(tmp_path)
     series = series.rename(tmp_path / "raw/case")
     for path in series.iterdir():
         pixels = np.zeros((24, 20, 3), np.uint8).tobytes()
@@ -455,14 +482,7 @@ def test_inference_refuses_color_and_folders_with_a_dot(tmp_path):
             path, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0,
             BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, PixelData=pixels,
         )  # fmt: skip
-    with pytest.raises(Exception) as caught:
-        infer(tmp_path / "raw", tmp_path / "out")
-    told = []
-    error = caught.value
-    while error is not None:
-        told.append(str(error))
-        error = error.__cause__
-    assert "a DICOM series of color or of several frames a file" in "".join(told)
+    assert "a DICOM series of color or of several frames a file" in refusal(tmp_path)
 
 
 # Out: synthetic images

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from diffboost.data.dicom_pixels import UnusableDicom
 from diffboost.data.volumes import SPACINGS_MM
 
 GEOMETRY = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")
@@ -49,7 +50,7 @@ def numbers(dataset: Any, keyword: str) -> np.ndarray:
     wanted = {"ImageOrientationPatient": 6, "ImagePositionPatient": 3, "PixelSpacing": 2}
     values = np.array([float(value) for value in dataset[keyword].value], dtype=float)
     if values.shape != (wanted[keyword],) or not np.isfinite(values).all():
-        raise ValueError(f"{keyword} {values.tolist()}: {wanted[keyword]} numbers are needed")
+        raise UnusableDicom(f"{keyword} {values.tolist()}: {wanted[keyword]} numbers are needed")
     return values
 
 
@@ -66,35 +67,37 @@ def check_image(dataset: Any) -> None:
     """
     frames, samples = dataset.get("NumberOfFrames") or 1, dataset.get("SamplesPerPixel") or 1
     if int(frames) > 1:
-        raise ValueError(
+        raise UnusableDicom(
             f"multi-frame, {frames} frames in one file (enhanced DICOM): not read; convert it to "
             "NIfTI (dcm2niix) or to single frames"
         )
     kind = dataset.get("PhotometricInterpretation", "MONOCHROME2")
     if int(samples) != 1 or kind != "MONOCHROME2":
-        raise ValueError(
+        raise UnusableDicom(
             f"color or inverted values ({samples} samples a pixel, {kind!s:.20}): only gray values "
             "of MONOCHROME2 are read"
         )
     missing = [keyword for keyword in REQUIRED if dataset.get(keyword) in (None, "", [])]
     if missing:
-        raise ValueError(f"lacks {', '.join(missing)}: no slice with a place in space")
+        raise UnusableDicom(f"lacks {', '.join(missing)}: no slice with a place in space")
     if dataset.BitsAllocated not in (8, 16, 32):
-        raise ValueError(f"BitsAllocated {dataset.BitsAllocated!s:.20}; 8, 16, 32 are read")
+        raise UnusableDicom(f"BitsAllocated {dataset.BitsAllocated!s:.20}; 8, 16, 32 are read")
     if "ModalityLUTSequence" in dataset:
-        raise ValueError("its values go through a table (ModalityLUTSequence), which is not read")
+        raise UnusableDicom(
+            "its values go through a table (ModalityLUTSequence), which is not read"
+        )
     slope = float(dataset.get("RescaleSlope", 1))
     if not (np.isfinite(slope) and np.isfinite(float(dataset.get("RescaleIntercept", 0)))) or (
         slope == 0
     ):
-        raise ValueError(f"RescaleSlope {slope} or RescaleIntercept is no number to rescale by")
+        raise UnusableDicom(f"RescaleSlope {slope} or RescaleIntercept is no number to rescale by")
     rows, columns = np.reshape(numbers(dataset, "ImageOrientationPatient"), (2, 3))
     if not np.allclose([rows @ rows, columns @ columns, rows @ columns], [1, 1, 0], atol=1e-3):
-        raise ValueError("ImageOrientationPatient: not two directions at a right angle")
+        raise UnusableDicom("ImageOrientationPatient: not two directions at a right angle")
     low, high = SPACINGS_MM
     spacing = numbers(dataset, "PixelSpacing")
     if not ((low <= spacing) & (spacing <= high)).all():
-        raise ValueError(f"PixelSpacing {spacing.tolist()} mm; {low} to {high} are allowed")
+        raise UnusableDicom(f"PixelSpacing {spacing.tolist()} mm; {low} to {high} are allowed")
 
 
 def check_one_series(datasets: Sequence[Any]) -> None:
@@ -117,7 +120,7 @@ def check_one_series(datasets: Sequence[Any]) -> None:
             f"number {number:.12} ({modality:.16}), {count} files"
             for (_, modality, number), count in sorted(series.items(), key=lambda one: one[0][2])
         )
-        raise ValueError(
+        raise UnusableDicom(
             f"holds {len(series)} series: {found}; lay each into a folder of its own and name the "
             "one to use"
         )
@@ -125,17 +128,17 @@ def check_one_series(datasets: Sequence[Any]) -> None:
     for dataset in datasets[1:]:
         names = f"{Path(first.filename).name} and {Path(dataset.filename).name}"
         if (dataset.Rows, dataset.Columns) != (first.Rows, first.Columns):
-            raise ValueError(f"{names} have different numbers of rows or columns")
+            raise UnusableDicom(f"{names} have different numbers of rows or columns")
         for keyword, what in (
             ("ImageOrientationPatient", "mixed orientations (a localizer among the slices?)"),
             ("PixelSpacing", "different pixel spacings"),
         ):
             if not np.allclose(numbers(dataset, keyword), numbers(first, keyword), atol=1e-3):
-                raise ValueError(f"{names}: {what}")
+                raise UnusableDicom(f"{names}: {what}")
     if len({dataset.SOPInstanceUID for dataset in datasets}) < len(datasets):
-        raise ValueError("the same image (SOPInstanceUID) lies in it twice")
+        raise UnusableDicom("the same image (SOPInstanceUID) lies in it twice")
     if len(datasets) < 2:
-        raise ValueError(
+        raise UnusableDicom(
             "one slice; a volume has two or more (a single picture: save it as PNG, layout pairs)"
         )
 
@@ -164,7 +167,7 @@ def in_order(datasets: list[Any]) -> list[Any]:
     _check_gaps(np.diff(places @ normal), names)
     span = places[-1] - places[0]
     if np.linalg.norm(np.cross(span, normal)) > UNEQUAL * np.linalg.norm(span):
-        raise ValueError("its slices are shifted against each other (gantry tilt)")
+        raise UnusableDicom("its slices are shifted against each other (gantry tilt)")
     for number, dataset in enumerate(datasets, start=1):
         dataset.InstanceNumber = number
     return datasets
@@ -176,16 +179,16 @@ def _check_gaps(gaps: np.ndarray, names: Sequence[str]) -> None:
     for number, gap in enumerate(gaps):
         pair = f"{names[number]} and {names[number + 1]}"
         if gap < SPACINGS_MM[0]:
-            raise ValueError(
+            raise UnusableDicom(
                 f"{pair} lie at the same place (several times, echoes or contrasts in one series?)"
             )
         if gap > 1.5 * usual:
             missing = round(gap / usual) - 1
-            raise ValueError(
+            raise UnusableDicom(
                 f"{missing} slices are missing between {pair}: {gap:.4g} mm apart, others "
                 f"{usual:.4g} mm"
             )
         if abs(gap - usual) > UNEQUAL * usual:
-            raise ValueError(
+            raise UnusableDicom(
                 f"unequal spacing: {pair} are {gap:.4g} mm apart, others {usual:.4g} mm"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from monai.utils import optional_import
 
-from diffboost.data.dicom_pixels import HAS_DECODERS, PLAIN
+from diffboost.data.dicom_pixels import HAS_DECODERS, PLAIN, UnusableDicom
 from diffboost.data.dicom_series import (
     BESIDE,
     is_dicom,
@@ -57,7 +57,7 @@ def segmentation_file(path: Path) -> Path:
         if each.is_file() and not each.name.startswith(".") and each.suffix.lower() not in BESIDE
     ]
     if len(files) != 1:
-        raise ValueError(f"label: {path} holds {len(files)} files; one DICOM SEG is needed")
+        raise UnusableDicom(f"label: {path} holds {len(files)} files; one DICOM SEG is needed")
     return files[0]
 
 
@@ -78,17 +78,17 @@ def check_segments(path: Path, image: Path) -> None:
     need_highdicom(f"label: {path}")
     with named_dicom(path, "label"):
         if not is_dicom(image):
-            raise ValueError("a DICOM SEG belongs to a DICOM series, and the image is none")
+            raise UnusableDicom("a DICOM SEG belongs to a DICOM series, and the image is none")
         file = segmentation_file(path)
         head = read_dataset(file, "label", HEAD, pixels=False)
         syntax = head.file_meta.TransferSyntaxUID
         if head.get("SOPClassUID") != SEG:
-            raise ValueError("it is no DICOM SEG (Segmentation Storage)")
+            raise UnusableDicom("it is no DICOM SEG (Segmentation Storage)")
         if syntax not in PLAIN:
-            raise ValueError(f"a SEG of transfer syntax {syntax.name!s:.60} is not read")
+            raise UnusableDicom(f"a SEG of transfer syntax {syntax.name!s:.60} is not read")
         voxels = head.Rows * head.Columns * int(head.get("NumberOfFrames") or 1)
         if voxels > LARGEST_VOXELS:
-            raise ValueError(f"it claims {voxels} voxels; at most {LARGEST_VOXELS} are allowed")
+            raise UnusableDicom(f"it claims {voxels} voxels; at most {LARGEST_VOXELS} are allowed")
 
 
 def read_segments(path: Path, image: Path) -> np.ndarray:
@@ -110,16 +110,16 @@ def read_segments(path: Path, image: Path) -> np.ndarray:
     Source: highdicom's ``Segmentation.get_pixels_by_source_instance``.
     """
     check_segments(path, image)
+    series = read_headers(image, "image")
     with named_dicom(path, "label"):
-        series = read_headers(image, "image")
         dataset = read_dataset(segmentation_file(path), "label", None, pixels=True)
         if (dataset.Rows, dataset.Columns) != (series[0].Rows, series[0].Columns):
-            raise ValueError("it has other rows and columns than the images of the series")
+            raise UnusableDicom("it has other rows and columns than the images of the series")
         segments = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
         told = {str(uid) for _, _, uid in segments.get_source_image_uids()}
         names = [str(each.SOPInstanceUID) for each in series]
         if not told <= set(names):
-            raise ValueError("it refers to images that are not in the case's series")
+            raise UnusableDicom("it refers to images that are not in the case's series")
         planes = segments.get_pixels_by_source_instance(
             names, combine_segments=True, assert_missing_frames_are_empty=True
         )

@@ -25,6 +25,13 @@ _START_OF_JPEG = b"\xff\xd8\xff"
 _FRAMES_OF_JPEG = (0xC3, 0xF7)  # SOF3 (lossless), SOF55 (JPEG-LS)
 
 
+class UnusableDicom(ValueError):
+    """A DICOM file or series is refused, in words of ours that hold no free text of its header.
+
+    Source: engineering choice (what pydicom raises may quote bytes of a patient's data).
+    """
+
+
 def refuse_syntax(uid: str | None) -> None:
     """Refuses a transfer syntax that is not read, by its name.
 
@@ -41,14 +48,14 @@ def refuse_syntax(uid: str | None) -> None:
     if uid not in LOSSLESS:
         name = pydicom.uid.UID(str(uid)).name if uid else "none"
         allowed = ", ".join((PLAIN | LOSSLESS).values())
-        raise ValueError(f"transfer syntax {name!s:.60} is not read; allowed: {allowed}")
+        raise UnusableDicom(f"transfer syntax {name!s:.60} is not read; allowed: {allowed}")
     if HAS_DECODERS:
         there = get_decoder(uid).is_available
     else:
         handlers = pydicom.config.pixel_data_handlers
         there = any(each.is_available() and each.supports_transfer_syntax(uid) for each in handlers)
     if not there:
-        raise ValueError(
+        raise UnusableDicom(
             f"transfer syntax {LOSSLESS[uid]}: no decoder is installed; one is in "
             "'pip install pylibjpeg[all]', or decompress the files (dcmdjpeg, gdcmconv --raw)"
         )
@@ -78,7 +85,7 @@ def refuse_coded_size(uid: str, pixels: bytes, size: tuple[int, int], name: str)
     else:
         found = _size_of_jpeg(pixels, pixels.find(_START_OF_JPEG) + 2)
     if found != size:
-        raise ValueError(
+        raise UnusableDicom(
             f"{name}: its code stream claims {found[0]} x {found[1]} pixels, its header "
             f"{size[0]} x {size[1]}"
         )

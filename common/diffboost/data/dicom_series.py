@@ -18,7 +18,7 @@ from monai.utils import optional_import
 
 from diffboost.data.containment import read_file
 from diffboost.data.dicom_geometry import REQUIRED, check_image, check_one_series, in_order
-from diffboost.data.dicom_pixels import refuse_coded_size, refuse_syntax
+from diffboost.data.dicom_pixels import UnusableDicom, refuse_coded_size, refuse_syntax
 from diffboost.data.images import LARGEST_PIXELS
 from diffboost.data.volumes import LARGEST_VOXELS
 
@@ -75,9 +75,18 @@ def named_dicom(path: str | Path, key: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (*_ERRORS, pydicom.errors.InvalidDicomError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{key}: {path} cannot be used: {text[:400]}") from error
+    except UnusableDicom as error:
+        raise UnusableDicom(f"{key}: {path} cannot be used: {error}") from error
+    except (*_ERRORS, *pydicom_errors()) as error:
+        kind = getattr(error, "strerror", None) or type(error).__name__
+        raise UnusableDicom(
+            f"{key}: {path} cannot be used: damaged, or coded as nothing here reads ({kind})"
+        ) from error
+
+
+def pydicom_errors() -> tuple[type[Exception], ...]:
+    """What pydicom raises that is of no more general kind."""
+    return pydicom.errors.InvalidDicomError, pydicom.errors.BytesLengthException
 
 
 def read_headers(folder: str | Path, key: str, pixels: bool = False) -> list[Any]:
@@ -107,11 +116,11 @@ def read_headers(folder: str | Path, key: str, pixels: bool = False) -> list[Any
             dataset = read_dataset(path, key, TAGS, pixels)
             try:
                 check_image(dataset)
-            except ValueError as error:
-                raise ValueError(f"{path.name}: {error}") from error
+            except UnusableDicom as error:
+                raise UnusableDicom(f"{path.name}: {error}") from error
             claimed += dataset.Rows * dataset.Columns
             if claimed > LARGEST_VOXELS:
-                raise ValueError(f"it claims more than {LARGEST_VOXELS} voxels")
+                raise UnusableDicom(f"it claims more than {LARGEST_VOXELS} voxels")
             datasets.append(dataset)
         check_one_series(datasets)
         return in_order(datasets)
@@ -131,7 +140,12 @@ def read_dataset(path: Path, key: str, tags: list[str] | None, pixels: bool) -> 
 
     Source: engineering choice (issue 5, "Hostile input").
     """
-    content = read_file(path, key, LARGEST_DICOM)
+    try:
+        content = read_file(path, key, LARGEST_DICOM)
+    except ValueError as error:  # no plain file, too large, or a link that leads out
+        raise UnusableDicom(str(error)) from error
+    if content[128:132] != b"DICM":
+        raise UnusableDicom(f"{path.name} is no DICOM file (no DICM at byte 128)")
     refuse_syntax(pydicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID"))
     dataset = pydicom.dcmread(
         io.BytesIO(content), stop_before_pixels=not pixels, specific_tags=tags
@@ -140,18 +154,20 @@ def read_dataset(path: Path, key: str, tags: list[str] | None, pixels: bool) -> 
     syntax = dataset.file_meta.TransferSyntaxUID
     sides = (dataset.get("Rows"), dataset.get("Columns"), dataset.get("NumberOfFrames") or 1)
     if not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"{path.name}: lacks Rows or Columns, or they are no numbers")
+        raise UnusableDicom(f"{path.name}: lacks Rows or Columns, or they are no numbers")
     rows, columns, frames = (int(side) for side in sides)
     bits = frames * rows * columns * dataset.get("BitsAllocated", 1)
     if min(rows, columns, frames) < 1 or rows * columns > LARGEST_PIXELS:
-        raise ValueError(
+        raise UnusableDicom(
             f"{path.name}: claims {columns} x {rows} pixels; 1 to {LARGEST_PIXELS} are allowed"
         )
     if not syntax.is_compressed and bits > 8 * len(content):
-        raise ValueError(
+        raise UnusableDicom(
             f"{path.name}: is cut off: {len(content)} bytes cannot hold the {bits // 8} of "
             f"{columns} x {rows} pixels"
         )
+    if pixels and not syntax.is_compressed and bits > 8 * len(dataset.get("PixelData") or b""):
+        raise UnusableDicom(f"{path.name}: is cut off: its pixels are not all there")
     if pixels and syntax.is_compressed:
         refuse_coded_size(syntax, dataset.PixelData, (columns, rows), path.name)
     return dataset
@@ -171,10 +187,5 @@ def _files(folder: Path) -> list[Path]:
         and Path(name).suffix.lower() not in BESIDE
     ]
     if not files:
-        raise ValueError("the folder holds no DICOM file; a case is a folder of one series")
-    for path in files:
-        if not pydicom.misc.is_dicom(path):
-            raise ValueError(
-                f"{path.name} is no DICOM file (no DICM at byte 128); a folder holds one series"
-            )
+        raise UnusableDicom("the folder holds no DICOM file; a case is a folder of one series")
     return files

@@ -204,6 +204,6 @@ def _check_files(case: Case) -> None:
 
 def _reason(error: BaseException) -> str:
     """What our own error says, else the innermost cause, on one line."""
-    while error.__cause__ is not None and type(error) is not ValueError:
+    while error.__cause__ is not None and not isinstance(error, ValueError):
         error = error.__cause__
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -69,8 +69,8 @@ def load_volume(path: str | Sequence[str], key: str) -> MetaTensor:
     if is_dicom(name):
         need_dicom(f"{key}: {name}")
         reader = PydicomReader()
+        datasets = read_headers(name, key, pixels=True)
         with named_dicom(name, key):
-            datasets = read_headers(name, key, pixels=True)
             reader.has_series, reader.filenames = True, [[each.filename for each in datasets]]
             voxels, header = reader.get_data(datasets)
     else:
