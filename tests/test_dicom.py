@@ -186,6 +186,10 @@ def test_lossless_codes_give_the_same_voxels(tmp_path, name):
     series = raw_dicom.write_series(tmp_path / "series", 0)
     plain = load_volume(str(series), "image")
     compressed(series, uid)
+    if name == "JPEG-LS Lossless" and pydicom.__version__ < "3":
+        with pytest.raises(ValueError, match=r"JPEG-LS Lossless: no decoder .* pylibjpeg\[all\]"):
+            load_volume(str(series), "image")
+        return
     assert torch.equal(load_volume(str(series), "image").as_tensor(), plain.as_tensor())
     if name != "RLE Lossless":
         for path in series.iterdir():
@@ -270,7 +274,7 @@ BAD = {
     "localizer": (tags(ImageOrientationPatient=[0, 1, 0, 0, 0, -1]), "mixed orientations"),
     "color": (tags(every=True, SamplesPerPixel=3, PhotometricInterpretation="RGB"), "color or inv"),
     "inverted": (tags(PhotometricInterpretation="MONOCHROME1"), "MONOCHROME2 are read"),
-    "frames": (tags(NumberOfFrames=2, BitsAllocated=8), "multi-frame, 2 frames .* dcm2niix"),
+    "frames": (tags(NumberOfFrames=2, BitsAllocated=8), "multi-frame, 2 frames .*dcm2niix"),
     "alone": (alone, "one slice; a volume has two or more"),
     "no place": (tags(ImagePositionPatient=None), "lacks ImagePositionPatient"),
     "slope": (tags(RescaleSlope=0), "RescaleSlope 0.0 or"),
@@ -323,7 +327,7 @@ def test_damaged_headers_are_named_or_read_and_nothing_else_is_raised(tmp_path):
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     head = len(whole) - 2 * 20 * 24
     refused = 0
-    for _ in range(150):
+    for _ in range(100):
         content = bytearray(whole)
         for place in rng.integers(128, head, rng.integers(1, 6)):
             content[place] = rng.integers(256)
@@ -335,7 +339,7 @@ def test_damaged_headers_are_named_or_read_and_nothing_else_is_raised(tmp_path):
         except ValueError as error:
             refused += 1
             assert str(error).startswith(f"image: {series} cannot be used: "), error
-    assert refused > 50
+    assert refused > 30
 
 
 def test_a_bad_case_is_a_row_with_the_reason(tmp_path):
@@ -462,19 +466,16 @@ def test_inference_of_a_series_is_that_of_its_nifti_and_becomes_a_seg(folder, tm
         assert np.array_equal(back, np.asarray(found.dataobj)) and back.any()
 
 
-def refusal(folder: Path) -> str:
-    """What inference of a folder's raw/ says, with the causes."""
-    with pytest.raises(RuntimeError) as caught:
-        infer(folder / "raw", folder / "out")
-    error, told = caught.value, ""
-    while error is not None:
-        error, told = error.__cause__, f"{told}{error}\n"
-    return told
+def told(error: BaseException | None) -> str:
+    """What an error says, with its causes."""
+    return "" if error is None else f"{error}\n{told(error.__cause__)}"
 
 
 def test_inference_refuses_color_and_folders_with_a_dot(tmp_path):
     series = raw_dicom.write_series(tmp_path / "raw/1.2.3", 0)
-    assert "name folders of series without a dot: " in refusal(tmp_path)
+    with pytest.raises(RuntimeError) as caught:
+        infer(tmp_path / "raw", tmp_path / "out")
+    assert "name folders of series without a dot: " in told(caught.value)
     series = series.rename(tmp_path / "raw/case")
     for path in series.iterdir():
         pixels = np.zeros((24, 20, 3), np.uint8).tobytes()
@@ -482,7 +483,11 @@ def test_inference_refuses_color_and_folders_with_a_dot(tmp_path):
             path, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0,
             BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, PixelData=pixels,
         )  # fmt: skip
-    assert "a DICOM series of color or of several frames a file" in refusal(tmp_path)
+    parser = ConfigParser(ConfigParser.load_config_file(CONFIG))
+    parser.update({"dataset_dir": str(tmp_path / "raw"), **SMALL})
+    with pytest.raises(RuntimeError) as caught:
+        parser.get_parsed_content("preprocessing")({"image": str(series)})
+    assert "a DICOM series of color or of several frames a file" in told(caught.value)
 
 
 # Out: synthetic images
