@@ -277,7 +277,7 @@ BAD = {
     "frames": (tags(NumberOfFrames=2, BitsAllocated=8), "multi-frame, 2 frames .*dcm2niix"),
     "alone": (alone, "one slice; a volume has two or more"),
     "no place": (tags(ImagePositionPatient=None), "lacks ImagePositionPatient"),
-    "slope": (tags(RescaleSlope=0), "RescaleSlope 0.0 or"),
+    "slope": (tags(RescaleSlope=0), "RescaleSlope 0.0 and RescaleIntercept -50.0: two numbers"),
     "skewed": (tags(every=True, ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "right angle"),
     "flat": (tags(every=True, PixelSpacing=[0, 1]), r"PixelSpacing \[0.0, 1.0\] mm; 0.0001 to"),
     "bits": (tags(BitsAllocated=12), "BitsAllocated 12; 8, 16, 32 are read"),

@@ -86,11 +86,20 @@ def check_image(dataset: Any) -> None:
         raise UnusableDicom(
             "its values go through a table (ModalityLUTSequence), which is not read"
         )
-    slope = float(dataset.get("RescaleSlope", 1))
-    if not (np.isfinite(slope) and np.isfinite(float(dataset.get("RescaleIntercept", 0)))) or (
-        slope == 0
-    ):
-        raise UnusableDicom(f"RescaleSlope {slope} or RescaleIntercept is no number to rescale by")
+    slope, intercept = (
+        float(dataset.get(keyword, value))
+        for keyword, value in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+    )
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        raise UnusableDicom(
+            f"RescaleSlope {slope} and RescaleIntercept {intercept}: two numbers are needed, the "
+            "slope not 0"
+        )
+    _check_plane(dataset)
+
+
+def _check_plane(dataset: Any) -> None:
+    """Raises ValueError for directions or spacings that no slice has."""
     rows, columns = np.reshape(numbers(dataset, "ImageOrientationPatient"), (2, 3))
     if not np.allclose([rows @ rows, columns @ columns, rows @ columns], [1, 1, 0], atol=1e-3):
         raise UnusableDicom("ImageOrientationPatient: not two directions at a right angle")

@@ -151,26 +151,31 @@ def read_dataset(path: Path, key: str, tags: list[str] | None, pixels: bool) -> 
         io.BytesIO(content), stop_before_pixels=not pixels, specific_tags=tags
     )
     dataset.filename = str(path)
+    _check_size(dataset, path.name, len(content), pixels)
+    return dataset
+
+
+def _check_size(dataset: Any, name: str, size: int, pixels: bool) -> None:
+    """Raises ValueError for rows, columns and frames that a file of ``size`` bytes cannot hold."""
     syntax = dataset.file_meta.TransferSyntaxUID
     sides = (dataset.get("Rows"), dataset.get("Columns"), dataset.get("NumberOfFrames") or 1)
     if not all(isinstance(side, int) for side in sides):
-        raise UnusableDicom(f"{path.name}: lacks Rows or Columns, or they are no numbers")
+        raise UnusableDicom(f"{name}: lacks Rows or Columns, or they are no numbers")
     rows, columns, frames = (int(side) for side in sides)
     bits = frames * rows * columns * dataset.get("BitsAllocated", 1)
     if min(rows, columns, frames) < 1 or rows * columns > LARGEST_PIXELS:
         raise UnusableDicom(
-            f"{path.name}: claims {columns} x {rows} pixels; 1 to {LARGEST_PIXELS} are allowed"
+            f"{name}: claims {columns} x {rows} pixels; 1 to {LARGEST_PIXELS} are allowed"
         )
-    if not syntax.is_compressed and bits > 8 * len(content):
+    if not syntax.is_compressed and bits > 8 * size:
         raise UnusableDicom(
-            f"{path.name}: is cut off: {len(content)} bytes cannot hold the {bits // 8} of "
+            f"{name}: is cut off: {size} bytes cannot hold the {bits // 8} of "
             f"{columns} x {rows} pixels"
         )
     if pixels and not syntax.is_compressed and bits > 8 * len(dataset.get("PixelData") or b""):
-        raise UnusableDicom(f"{path.name}: is cut off: its pixels are not all there")
+        raise UnusableDicom(f"{name}: is cut off: its pixels are not all there")
     if pixels and syntax.is_compressed:
-        refuse_coded_size(syntax, dataset.PixelData, (columns, rows), path.name)
-    return dataset
+        refuse_coded_size(syntax, dataset.PixelData, (columns, rows), name)
 
 
 def _files(folder: Path) -> list[Path]:
