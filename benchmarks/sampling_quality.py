@@ -73,9 +73,9 @@ class Comparison:
         """Where a preset's synthetic store of a fold lies."""
         return self.output_dir / preset / f"fold{fold}" / "synthetic_store"
 
-    def results_dir(self, preset: str, fold: int, seed: int) -> Path:
+    def results_dir(self, preset: str, fold: int, seed: int, arm: str = ARM) -> Path:
         """Where the segmenter lies that learned from it."""
-        return self.output_dir / preset / f"fold{fold}" / ARM / f"seed{seed}"
+        return self.output_dir / preset / f"fold{fold}" / arm / f"seed{seed}"
 
     def synthesize(self, preset: str, fold: int) -> None:
         """Makes a preset's variants of a fold."""
@@ -91,24 +91,25 @@ class Comparison:
         }
         self._run([self.configs["synthesis"]], settings, knobs, f"synthesize.{preset}.fold{fold}")
 
-    def segment(self, preset: str, fold: int, seed: int) -> None:
-        """Trains and scores a segmenter on them."""
-        knobs = plans.segmentation_knobs(self.study, plans.BASE, ARM)
-        output_dir = self.results_dir(preset, fold, seed)
+    def segment(self, preset: str, fold: int, seed: int, arm: str = ARM) -> None:
+        """Trains and scores a segmenter, on them if its arm needs variants."""
+        knobs = plans.segmentation_knobs(self.study, plans.BASE, arm)
+        output_dir = self.results_dir(preset, fold, seed, arm)
+        with_variants = plans.uses_variants(arm)
         settings = {
             "store_dir": self.run_dir / "store",
             "output_dir": output_dir,
-            "synthetic_dir": self.variants_dir(preset, fold),
+            "synthetic_dir": self.variants_dir(preset, fold) if with_variants else None,
             "image_size": self.study.image_size,
             "num_classes": len(self.header["labels"]),
             "fold": fold,
             "num_cases": self.study.num_cases,
-            "arm": ARM,
+            "arm": arm,
             "seed": seed,
         }
         files = [self.configs["segmentation"]]
         files += plans.network_overlay(files[0], self.study.networks[0])
-        name = f"{preset}.fold{fold}.seed{seed}"
+        name = f"{preset}.fold{fold}.{arm}.seed{seed}"
         self._run(files, settings, knobs, f"train.{name}")
         if not (output_dir / "metrics.csv").is_file():
             knobs = knobs | self.study.evaluate
@@ -129,14 +130,14 @@ class Comparison:
             raise RuntimeError(f"{name} failed; its words are in {log}")
         logger.info("%s: %.0f s", name, time.monotonic() - start)
 
-    def metrics(self, preset: str, seeds: Iterable[int]) -> pd.DataFrame:
+    def metrics(self, preset: str, seeds: Iterable[int], arm: str = ARM) -> pd.DataFrame:
         """A preset's metrics over folds and seeds, with its name as the arm."""
         text = {"case": str, "label": str}
         places = product(self.study.folds, seeds)
         frames = [
-            pd.read_csv(self.results_dir(preset, fold, seed) / "metrics.csv", dtype=text).assign(
-                arm=preset, fold=fold, seed=seed
-            )
+            pd.read_csv(
+                self.results_dir(preset, fold, seed, arm) / "metrics.csv", dtype=text
+            ).assign(arm=preset, fold=fold, seed=seed)
             for fold, seed in places
         ]
         return pd.concat(frames, ignore_index=True)

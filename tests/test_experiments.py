@@ -68,6 +68,12 @@ def test_defaults_are_filled_in(read):
         ({"network": "swinunetr"}, "did you mean 'swin_unetr'? allowed: attention_unet, swin"),
         ({"network": ["unet", "unet"]}, "network: ['unet', 'unet']; a name or different names"),
         ({"scale": "sd"}, "scale: 'sd'; did you mean 'sd15'? allowed: sd15, tiny"),
+        ({"arm_epochs": {"mirror": 4}}, "arm_epochs: mirror: 4; arms of the study (baseline)"),
+        ({"arm_epochs": {"baseline": 0}}, "arm_epochs: baseline: 0; arms of the study"),
+        (
+            {"arm_epochs": {"baseline": 4}, "segmentation": {"epochs": [2, 3]}},
+            "arm_epochs: beside a list of segmentation: epochs",
+        ),
         ({"processes": 0}, "processes: 0; a whole number from 1 up"),
         ({"ablation_folds": [1]}, "ablation_folds: 1 is none of folds"),
         ({"pretrain": {"trian": {}}}, "pretrain: unknown key 'trian' ({}); did you mean 'train'"),

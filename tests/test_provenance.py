@@ -80,13 +80,17 @@ def test_a_file_says_in_words_that_it_is_synthetic_and_holds_all_facts():
     assert b"Synthetic image, drawn by a generative model" in data
 
 
-def test_files_of_format_1_say_what_was_always_so_and_are_written_as_they_were():
+def test_files_of_older_formats_say_what_was_always_so_and_are_written_as_they_were():
     new = FACTS_OF_ONE | {"guidance_interval": "[0.0, 1.0]", "control_interval": "[0.0, 1.0]"}
+    new |= {"deformation_px": 0.0, "deformation_spacing_px": 16}
     old = new | {"format": 1, "decoder": OWN_DECODER, "decoder_sha256": new["backbone_sha256"]}
     data = variant_png(np.zeros((4, 4)), old)
     assert is_intact(data) and read_facts(data) == old
     assert b"diffboost:decoder" not in data and b"interval" not in data
-    assert b"diffboost:decoder" in variant_png(np.zeros((4, 4)), new)
+    data = variant_png(np.zeros((4, 4)), new | {"format": 2})
+    assert read_facts(data) == new | {"format": 2}
+    assert b"diffboost:decoder" in data and b"deformation" not in data
+    assert b"diffboost:deformation_px" in variant_png(np.zeros((4, 4)), new)
 
 
 def test_every_byte_is_sealed():

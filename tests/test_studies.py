@@ -14,7 +14,7 @@ import pytest
 import yaml
 from test_bundles import bundle_commands, check_flags
 
-from diffboost import cli, exhibits, plans
+from diffboost import cli, exhibits, plans, targets
 from diffboost.plans import BASE, Experiment, Setting
 from diffboost.results import COLUMNS, load_metrics, read_metrics
 from diffboost.statistics import ablation_points, holm, over_folds, verdict
@@ -89,6 +89,12 @@ def test_ratios_share_one_synthesis_and_differ_in_num_variants():
     assert "num_variants" not in plans.segmentation_knobs(STUDY, BASE, "nnunet")
 
 
+def test_an_arm_may_train_epochs_of_its_own():
+    study = replace(STUDY, segmentation={"epochs": 6}, arm_epochs={"baseline": 12})
+    assert plans.segmentation_knobs(study, BASE, "baseline")["epochs"] == 12
+    assert plans.segmentation_knobs(study, BASE, "diffboost")["epochs"] == 6
+
+
 def test_another_knob_of_synthesis_has_a_store_of_its_own_at_the_ratio_of_the_base():
     strong = Setting("synthesis", "guidance_scale", 3.0)
     assert plans.synthetic_dir(strong, 1) == "ablation/guidance_scale=3.0/fold1/synthetic_store"
@@ -105,14 +111,14 @@ def test_a_network_is_an_overlay_beside_the_config():
 
 
 def test_a_target_that_the_experiment_lacks_is_refused():
-    assert plans.ordered_targets(STUDY) == ["table2", "figure4", "figure6", "figure7"]
-    plans.check_target(STUDY, "report")
+    assert targets.ordered_targets(STUDY) == ["table2", "figure4", "figure6", "figure7"]
+    targets.check_target(STUDY, "report")
     with pytest.raises(ValueError, match="target: table1 needs a section pretrain in the exp"):
-        plans.check_target(STUDY, "table1")
+        targets.check_target(STUDY, "table1")
     with pytest.raises(ValueError, match="target: 'figur6' is unknown; did you mean 'figure6'"):
-        plans.check_target(STUDY, "figur6")
+        targets.check_target(STUDY, "figur6")
     plain = replace(STUDY, arms=["baseline"], network="unet", ablations={}, pretrain={})
-    assert plans.ordered_targets(plain) == ["table1", "table2"]
+    assert targets.ordered_targets(plain) == ["table1", "table2"]
 
 
 def dry_run(experiment: Path, folder: Path, target: str = "report") -> tuple[Counter, str]:

@@ -18,8 +18,8 @@ from diffboost.data.tasks import read_task
 from diffboost.dicom.commands import DICOM
 from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
-from diffboost.plans import check_target
 from diffboost.stages import WORKFLOW, warm_programs, why_cold
+from diffboost.targets import check_target
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from diffboost.plans import (
     VARIANT_KNOBS,
     Experiment,
     ablated_knobs,
+    check_arm_epochs,
     settings,
 )
 from diffboost.ratio.study import check_auto_ratio, fixed_knobs
@@ -54,6 +55,7 @@ def read_experiment(
         ablations.setdefault(section, {}).update(knobs)
     experiment = Experiment(**(written | sections | {"ablations": ablations}))
     _check_values(experiment, path)
+    check_arm_epochs(experiment, path)
     _check_networks(experiment, config_files, path)
     _check_ablations(experiment, path)
     _check_sections(experiment, config_files, path)
@@ -104,7 +106,7 @@ def _refuse_code(value: object, path: Path) -> None:
 
 def _check_mappings(written: Mapping, path: Path) -> None:
     """Raises ValueError on a section that is no mapping, and on unknown parts of `pretrain`."""
-    for section in (*SECTIONS, "pretrain", "ablations"):
+    for section in (*SECTIONS, "arm_epochs", "pretrain", "ablations"):
         value = written.get(section, {})
         if not isinstance(value, dict) and (value is not None or section in SECTIONS):
             raise ValueError(f"{path}: {section}: {value!r}; `key: value` lines are needed")

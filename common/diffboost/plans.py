@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from diffboost.knobs import nearest
 from diffboost.segmentation.arms import split_arm
 
 # The network of the segmentation bundle's train.yaml; each other one has an overlay beside it.
@@ -15,14 +14,6 @@ DEFAULT_NETWORK = "attention_unet"
 SYNTHETIC_THEN_REAL = "synthetic_then_real"
 # Knobs of segmentation that act through variants alone: they change no arm without them.
 VARIANT_KNOBS = ("alpha", "patch_size", "merge", "num_variants")
-# The paper's tables and figures: the file of each, and what an experiment file needs for it.
-TARGETS = {
-    "table1": ("tables/table1.csv", "a section pretrain"),
-    "table2": ("tables/table2.csv", "arms"),
-    "figure4": ("figures/figure4.png", "an arm with variants"),
-    "figure6": ("figures/figure6.svg", "a list in synthesis or segmentation"),
-    "figure7": ("figures/figure7.svg", "a list of networks"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,6 +39,8 @@ class Experiment:
             ablated.
         processes: of torchrun, for each stage that has a `multi_gpu` overlay.
         protocol: names a file of workflow/protocols, whose knobs hold where the file has none.
+        arm_epochs: {arm: epochs} of arms that train other than segmentation's `epochs`, such as
+            twice as many without variants, which takes as long as half of them with variants.
         prepare, finetune, synthesis, auto_ratio, segmentation, evaluate: knobs of the stage's
             config file (auto_ratio: where synthesis says `ratio: auto`). A list of values in
             synthesis or segmentation is an ablation, its first value the base.
@@ -76,6 +69,7 @@ class Experiment:
     network: str | list[str] = DEFAULT_NETWORK
     processes: int = 1
     protocol: str = "sound"
+    arm_epochs: dict[str, int] = field(default_factory=dict)
     prepare: dict = field(default_factory=dict)
     finetune: dict = field(default_factory=dict)
     synthesis: dict = field(default_factory=dict)
@@ -234,17 +228,43 @@ def synthesis_knobs(experiment: Experiment, setting: Setting) -> dict:
 
 
 def segmentation_knobs(experiment: Experiment, setting: Setting, arm: str) -> dict:
-    """Knobs of a setting's segmenters; where ratios are ablated, how many variants an arm uses.
+    """Knobs of a setting's segmenters: an arm's own epochs, and of how many variants where ratios
+    are ablated.
 
     Source: engineering choice
     """
-    knobs = dict(experiment.segmentation)
+    own = experiment.arm_epochs.get(arm)
+    knobs = experiment.segmentation | ({} if own is None else {"epochs": own})
     if setting.section == "segmentation":
         knobs[setting.knob] = setting.value
     ratios = experiment.ablations.get("synthesis", {}).get("ratio")
     if ratios and uses_variants(arm):
         knobs["num_variants"] = setting.value if setting.knob == "ratio" else ratios[0]
     return knobs
+
+
+def check_arm_epochs(experiment: Experiment, path: str | Path) -> None:
+    """Refuses epochs of an arm that the study lacks, or beside an ablation of epochs.
+
+    Args:
+        experiment: the study.
+        path: its file, for the message.
+
+    Raises:
+        ValueError: see above.
+
+    Source: engineering choice
+    """
+    for arm, epochs in experiment.arm_epochs.items():
+        if arm not in experiment.arms or type(epochs) is not int or epochs < 1:
+            raise ValueError(
+                f"{path}: arm_epochs: {arm}: {epochs!r}; arms of the study "
+                f"({', '.join(experiment.arms)}) and whole numbers from 1 up are needed"
+            )
+    if experiment.arm_epochs and "epochs" in ablated_knobs(experiment):
+        raise ValueError(
+            f"{path}: arm_epochs: beside a list of segmentation: epochs; only one can be"
+        )
 
 
 def segmentation_network(experiment: Experiment, setting: Setting) -> str:
@@ -256,40 +276,3 @@ def network_overlay(config_file: Path, network: str) -> list[Path]:
     """The overlay of a network beside the segmentation config; none for the config's own."""
     own = network == DEFAULT_NETWORK
     return [] if own else [config_file.with_name(f"network_{network}.yaml")]
-
-
-def ordered_targets(experiment: Experiment) -> list[str]:
-    """Those of TARGETS that the experiment makes.
-
-    Source: engineering choice
-    """
-    knobs = set(ablated_knobs(experiment))
-    ordered = {
-        "table1": experiment.pretrain is not None,
-        "table2": True,
-        "figure4": any(uses_variants(arm) for arm in experiment.arms),
-        "figure6": bool(knobs - {"network"}),
-        "figure7": "network" in knobs,
-    }
-    return [target for target, is_ordered in ordered.items() if is_ordered]
-
-
-def check_target(experiment: Experiment, target: str) -> None:
-    """Refuses to make what the experiment does not order.
-
-    Args:
-        experiment: the study.
-        target: `report`, which is all that the experiment orders, or one of TARGETS.
-
-    Raises:
-        ValueError: unknown target (says which is nearest), or one that the experiment lacks.
-
-    Source: engineering choice
-    """
-    if target == "report" or target in ordered_targets(experiment):
-        return
-    if target not in TARGETS:
-        raise ValueError(f"target: {target!r} is unknown; {nearest(target, ['report', *TARGETS])}")
-    raise ValueError(
-        f"target: {target} needs {TARGETS[target][1]} in the experiment file of {experiment.name}"
-    )

@@ -1,7 +1,7 @@
 """Tables, figures and the report: `diffboost report` on what the stages left in the study's folder."""
 
 KNOBS = [knob for knob in plans.ablated_knobs(STUDY) if knob != "network"]
-TARGETS = [plans.TARGETS[target][0] for target in plans.ordered_targets(STUDY)]
+TARGETS = [targets.TARGETS[target][0] for target in targets.ordered_targets(STUDY)]
 
 
 localrules:
@@ -18,7 +18,7 @@ def ordered(target, inputs):
     """Input function that says so where the experiment does not order a target."""
 
     def inputs_or_error(wildcards):
-        plans.check_target(STUDY, target)
+        targets.check_target(STUDY, target)
         return inputs
 
     return inputs_or_error

@@ -23,7 +23,7 @@ from diffboost.data.slices import SliceStore, slice_items
 from diffboost.data.tables import write_table
 from diffboost.files import write_aside
 from diffboost.generation.lineage import copy_lineage
-from diffboost.generation.provenance import BEFORE_FORMAT_2
+from diffboost.generation.provenance import facts_before
 from diffboost.generation.sampling import VariantInferer
 from diffboost.generation.synthesis import (
     VariantConditions,
@@ -118,7 +118,7 @@ def synthesize_held_out(
     Source: engineering choice (issue 5, "Memorization audit").
     """
     row = manifest.iloc[0]
-    told = {**BEFORE_FORMAT_2, **manifest.head(1).to_dict("records")[0]}
+    told = {**facts_before(1, row.backbone_sha256), **manifest.head(1).to_dict("records")[0]}
     sampling = variant_settings({**told, "image_size": image_size})[1]
     facts = variant_facts(
         str(generator_dir),

@@ -17,11 +17,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from diffboost.data.images import read_levels
 from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store
 from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256
 from diffboost.generation.decoding import decoder_sha256
+from diffboost.generation.deformation import deform_slice
 from diffboost.generation.provenance import (
     FACTS,
     OWN_DECODER,
@@ -178,7 +180,7 @@ def _compare(audits: Sequence[FileAudit], true: Mapping[str, str]) -> None:
 def _compare_with_store(audits: Sequence[FileAudit], store_dir: str | Path) -> None:
     """Compares source, edge and prompt with those of the slice store."""
     store = read_store(store_dir)
-    columns = ["case", "slice", "edge", "prompt", "source_sha256"]
+    columns = ["case", "slice", "edge", "label", "prompt", "source_sha256"]
     rows = store.columns(columns).set_index(["case", "slice"])
     for audit in audits:
         place = audit.facts["case"], audit.facts["slice"]
@@ -187,12 +189,32 @@ def _compare_with_store(audits: Sequence[FileAudit], store_dir: str | Path) -> N
             continue
         row = rows.loc[place]
         edge = store.path(row.edge)
-        _compare([audit], {
-            "source_sha256": row.source_sha256,
-            "edge_sha256": sha256_of_files([edge]),
-            "prompt": row.prompt,
-        })  # fmt: skip
+        if audit.facts["deformation_px"] > 0:
+            edge = _deformed_edge(audit, {"edge": edge, "label": store.path(row.label)})
+        edges = {} if edge is None else {"edge_sha256": sha256_of_files([edge])}
+        true = {"source_sha256": row.source_sha256, **edges, "prompt": row.prompt}
+        _compare([audit], true)
         audit.edge = str(edge) if "edge" in audit.verified else None
+
+
+def _deformed_edge(audit: FileAudit, source: Mapping) -> Path | None:
+    """The edges of a deformed variant, beside it; None unless they and its label are what its facts
+    make of the slice's."""
+    facts = audit.facts
+    options = (facts[f"deformation_{name}"] for name in ("px", "spacing_px"))
+    edges, label = deform_slice(
+        {**facts, **source}, *options, facts["image_size"], facts["noise_address"]
+    )
+    files = {key: audit.path.parents[1] / f"{key}s" / audit.path.name for key in ("edge", "label")}
+    for key, levels in (("edge", np.round(edges * 255)), ("label", label)):
+        if not files[key].is_file():
+            audit.failures.append(f"{files[key]} is not there: the {key} of its deformed slice")
+        elif not np.array_equal(read_levels(files[key], key), levels):
+            audit.failures.append(f"{files[key]} is not the slice's {key}, displaced by its field")
+        else:
+            audit.verified.append(f"deformed {key}")
+    verified = all(f"deformed {key}" in audit.verified for key in files)
+    return files["edge"] if verified else None
 
 
 def _make_again(

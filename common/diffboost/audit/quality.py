@@ -225,7 +225,7 @@ def judge_variants(
 def items_of(
     manifest: pd.DataFrame, synthetic_dir: str | Path, training: Sequence[Mapping]
 ) -> list[dict]:
-    """An item a variant: its image, and what the store has of its slice.
+    """An item a variant: its image, and what the store has of its slice, or it has of its own.
 
     Args:
         manifest: image, case, slice of each.
@@ -236,6 +236,7 @@ def items_of(
         ValueError: a variant is of no training slice.
     """
     sources = {(str(item["case"]), int(item["slice"])): item for item in training}
+    deformed = (Path(synthetic_dir) / "labels").is_dir()
     items = []
     for image, case, number in zip(manifest.image, manifest.case, manifest.slice, strict=True):
         source = sources.get((str(case), int(number)))
@@ -243,7 +244,11 @@ def items_of(
             raise ValueError(
                 f"{image}: case {case}, slice {number} is none of the training slices of the fold"
             )
-        items.append({**source, "image": str(Path(synthetic_dir) / image)})
+        path = Path(synthetic_dir) / image
+        item = {**source, "image": str(path)}
+        if deformed:
+            item |= {key: str(path.parents[1] / f"{key}s" / path.name) for key in ("edge", "label")}
+        items.append(item)
     return items
 
 

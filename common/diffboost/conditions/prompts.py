@@ -24,7 +24,7 @@ NEGATIVE_PROMPT = (
     "cropped, worst quality, low quality"
 )
 
-_PHRASES = (
+PHRASES = (
     "higher contrast",
     "lower contrast",
     "brighter exposure",
@@ -142,4 +142,4 @@ def augmentation_phrase(variant: int) -> str:
 
     Source: DiffBoost Sec. 3.4 (one phrase of 50 a variant); the wording is ours.
     """
-    return _PHRASES[variant % len(_PHRASES)]
+    return PHRASES[variant % len(PHRASES)]

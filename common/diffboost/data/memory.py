@@ -23,8 +23,8 @@ class PictureMemory:
     and knows nothing of the variants, of which an epoch draws one each.
 
     Args:
-        data: lists of items with ``image``, ``label`` and, where there are any, ``variants``:
-            paths. The slices of all lists come first, variants afterwards.
+        data: lists of items with ``image``, ``label`` and, where there are any, ``variants`` and
+            ``variant_labels``: paths. The slices of all lists come first, variants afterwards.
         image_size: side S of the pictures in pixels; others, and those that are neither 16-bit
             images nor 8-bit labels, are read from their file each time.
         gib: room for decoded pictures in GiB (2**30 bytes); 0 reads each time.
@@ -91,8 +91,9 @@ class PictureMemory:
 
 def _pictures(data: Iterable[Iterable[Mapping]]) -> Iterable[tuple[str, type]]:
     """Paths and types of the pictures of items, slices before variants."""
-    variants: list[str] = []
+    variants: list[tuple[str, type]] = []
     for item in (item for items in data for item in items):
         yield from ((str(item[key]), kind) for key, kind in FILES if key in item)
-        variants += item.get("variants", ())
-    yield from ((str(path), np.uint16) for path in variants)
+        for key, kind in (("variants", np.uint16), ("variant_labels", np.uint8)):
+            variants += ((str(path), kind) for path in item.get(key, ()))
+    yield from variants

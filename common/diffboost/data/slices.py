@@ -145,7 +145,7 @@ def write_label(path: str | Path, label: np.ndarray) -> None:
 
     Source: engineering choice (design, "Slice store").
     """
-    Image.fromarray(label.astype(np.uint8)).save(path)
+    Image.fromarray(label.astype(np.uint8)).save(path, format="PNG")
 
 
 def write_edge(path: str | Path, edge: np.ndarray) -> None:

@@ -24,7 +24,7 @@ from diffboost import __version__
 from diffboost.data.slices import write_image
 
 PREFIX = "diffboost:"
-FORMAT = 2  # of these facts
+FORMAT = 3  # of these facts
 DESCRIPTION = (
     "Synthetic image, drawn by a generative model (DiffBoost) from the edges of a training slice. "
     "It shows no person; use it for research, never for diagnosis."
@@ -40,17 +40,38 @@ RUN_FACTS = {
     "control_interval": str, "decoder": str, "decoder_sha256": str, "prompt_weights": str,
     "precision": str, "batch_size": int, "image_size": int, "backbone": str,
     "backbone_sha256": str, "model_sha256": str, "lineage_sha256": str, "license": str,
-    "purpose": str,
+    "purpose": str, "deformation_px": float, "deformation_spacing_px": int,
 }  # fmt: skip
 MACHINE_FACTS = {
     "format": int, "versions": str, "machine": str, "threads": int, "matmul_precision": str,
 }  # fmt: skip
 FACTS = {**VARIANT_FACTS, **RUN_FACTS, **MACHINE_FACTS}
 OWN_DECODER = "the backbone's"  # what facts call no tiny decoder; no folder is called so
-# What was always so in format 1 and is not written there; the decoder's hash was the backbone's.
-BEFORE_FORMAT_2 = {
-    "guidance_interval": "[0.0, 1.0]", "control_interval": "[0.0, 1.0]", "decoder": OWN_DECODER,
+# What was always so before a format and is not written there; in format 1 the decoder's hash was
+# the backbone's.
+BEFORE_FORMAT = {
+    2: {
+        "guidance_interval": "[0.0, 1.0]", "control_interval": "[0.0, 1.0]",
+        "decoder": OWN_DECODER, "decoder_sha256": None,
+    },
+    3: {"deformation_px": 0.0, "deformation_spacing_px": 16},
 }  # fmt: skip
+
+
+def facts_before(format_: int, backbone_sha256: str) -> dict:
+    """The facts that files of an older format do not say, since they were always so.
+
+    Args:
+        format_: of the files.
+        backbone_sha256: theirs.
+
+    Source: engineering choice.
+    """
+    later = {
+        n: v for first, facts in BEFORE_FORMAT.items() if first > format_ for n, v in facts.items()
+    }
+    return {name: backbone_sha256 if value is None else value for name, value in later.items()}
+
 
 _SEAL = b"tEXt" + f"{PREFIX}file_sha256".encode() + b"\0"
 _NO_HASH = b"0" * 64
@@ -115,7 +136,7 @@ def variant_png(image: np.ndarray, facts: Mapping[str, object]) -> bytes:
     """
     text = {"Description": DESCRIPTION, "Software": "DiffBoost"}
     text[f"{PREFIX}format"] = facts["format"]
-    later = {*BEFORE_FORMAT_2, "decoder_sha256"} if facts["format"] == 1 else ()
+    later = facts_before(facts["format"], facts["backbone_sha256"])
     text |= {PREFIX + name: kind(facts[name]) for name, kind in FACTS.items() if name not in later}
     file = io.BytesIO()
     write_image(file, image, text)
@@ -180,15 +201,14 @@ def read_facts(data: bytes) -> dict | None:
         raise ValueError(f"no readable PNG: {error}") from None
     if not any(str(name).startswith(PREFIX) for name in text):
         return None
-    if text.get(f"{PREFIX}format") not in ("1", str(FORMAT)):
+    if text.get(f"{PREFIX}format") not in map(str, range(1, FORMAT + 1)):
         raise ValueError(
             f"its facts have the format {text.get(PREFIX + 'format', 'of a version before 1')}, "
-            f"this program knows 1 and {FORMAT}; nothing in it can be verified"
+            f"this program knows 1 to {FORMAT}; nothing in it can be verified"
         )
     try:
-        if text[f"{PREFIX}format"] == "1":
-            text |= {PREFIX + name: value for name, value in BEFORE_FORMAT_2.items()}
-            text[f"{PREFIX}decoder_sha256"] = text[f"{PREFIX}backbone_sha256"]
+        before = facts_before(int(text[f"{PREFIX}format"]), text[f"{PREFIX}backbone_sha256"])
+        text |= {PREFIX + name: value for name, value in before.items()}
         return {name: kind(text[PREFIX + name]) for name, kind in FACTS.items()}
     except (KeyError, ValueError) as error:
         raise ValueError(f"its facts are incomplete or damaged: {error}") from None

@@ -15,7 +15,26 @@ from diffboost.generation.schedulers import load_scheduler
 from diffboost.precision import AutocastInferer
 
 WHOLE_RUN = (0.0, 1.0)  # of an interval
-NOISE_ADDRESSES = ("case", "variant")
+NOISE_ADDRESSES = ("case", "variant", "volume")
+
+
+def variant_place(case: str, slice_: int, variant: int, noise_address: str) -> tuple:
+    """What names a variant's draws beside the seed.
+
+    Args:
+        case, slice_, variant: name the variant.
+        noise_address: ``case``: each slice's variant has draws of its own; ``variant``: variant i
+            of every slice shares them (released code); ``volume``: variant i of all slices of a
+            case shares them, so that neighboring slices are alike.
+
+    Source: engineering choice; ``variant`` is the released code's (facts 19).
+    """
+    places = {
+        "case": (case, slice_, variant),
+        "variant": ("variant", variant),
+        "volume": ("volume", case, variant),
+    }
+    return places[noise_address]
 
 
 def variant_noise(
@@ -26,12 +45,11 @@ def variant_noise(
     Args:
         seed, case, slice_, variant: name the variant.
         shape: of a latent.
-        noise_address: ``case`` draws from (seed, case, slice, variant); ``variant`` from (seed,
-            variant), so that variant i of every slice starts from the same noise.
+        noise_address: see :func:`variant_place`.
 
     Source: engineering choice; ``variant`` is the released code's (facts 19).
     """
-    place = (case, slice_, variant) if noise_address == "case" else ("variant", variant)
+    place = variant_place(case, slice_, variant, noise_address)
     generator = np.random.RandomState(address_seed(seed, *place))
     return torch.from_numpy(generator.standard_normal(shape).astype("float32"))
 
@@ -46,7 +64,7 @@ def variant_step_seed(
 
     Source: engineering choice (design, "Randomness").
     """
-    place = (case, slice_, variant) if noise_address == "case" else ("variant", variant)
+    place = variant_place(case, slice_, variant, noise_address)
     return address_seed(seed, "steps", *place)
 
 

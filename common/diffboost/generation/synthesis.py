@@ -260,6 +260,8 @@ def variant_facts(
     image_size: int,
     license: str,
     purpose: str = "training of a segmenter",
+    deformation_px: float = 0.0,
+    deformation_spacing_px: int = 16,
 ) -> dict:
     """What all variants of a run share; stands in each of them and in the manifest.
 
@@ -273,6 +275,7 @@ def variant_facts(
         batch_size: variants a pass, on which rounding depends.
         license: terms of the variants, in words.
         purpose: what they are for, in words.
+        deformation_px, deformation_spacing_px: of ``deform_items``.
 
     Raises:
         FileNotFoundError: generator, backbone or decoder is not there.
@@ -306,6 +309,8 @@ def variant_facts(
         "lineage_sha256": generator["lineage_sha256"],
         "license": license,
         "purpose": purpose,
+        "deformation_px": deformation_px,
+        "deformation_spacing_px": deformation_spacing_px,
     }
     return {name: kind(facts[name]) for name, kind in RUN_FACTS.items()}
 

@@ -204,9 +204,9 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
         rows.append(
             {
                 "image": _file_of(item),
-                **{name: item[name] for name in ("case", "slice", "variant", "label")},
+                **{name: item[name] for name in ("case", "slice", "variant")},
                 "source_image": item["image"],
-                "edge": item["edge"],
+                **{name: _told_path(output_dir, item[name]) for name in ("edge", "label")},
                 **{name: told[name] for name in ("prompt", "phrase")},
                 "phrase_weight": json.loads(facts["prompt_weights"]).get("phrase", 0.0),
                 **told,
@@ -221,6 +221,12 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
         Path(output_dir) / "manifest.parquet", functools.partial(write_table, table=manifest)
     )
     logger.info("%d variants in %s", len(rows), output_dir)
+
+
+def _told_path(output_dir: str, path: str) -> str:
+    """A path as the manifest tells it: relative to the store where it lies there."""
+    inside = Path(path).is_relative_to(output_dir)
+    return Path(path).relative_to(output_dir).as_posix() if inside else path
 
 
 def _told_by(path: Path, expected: Mapping) -> dict:

@@ -1,7 +1,7 @@
 """DiffBoost's own step: a slice meets one of its variants, and patches of both are merged."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,25 @@ def variants_by_slice(
     }
 
 
+def own_labels(variants: Sequence[str]) -> list[str] | None:
+    """Labels of variants whose anatomy was deformed, in ``labels/`` beside ``images/``, or None.
+
+    Args:
+        variants: files of a slice's variants.
+
+    Source: engineering choice (the names are those of a slice store).
+    """
+    paths = [Path(path) for path in variants]
+    if not paths or not (paths[0].parents[1] / "labels").is_dir():
+        return None
+    return [str(path.parents[1] / "labels" / path.name) for path in paths]
+
+
 class PickVariantd(RandomizableTransform):
     """Draws one file of ``variants`` and loads it, float32 (1, H, W) in [-1, 1].
+
+    A variant with a label of its own (``variant_labels``) brings it: in place of ``label`` where it
+    takes the place of the slice, else as a second channel of it, which RandMergeMaskd merges.
 
     Args:
         key: where it goes: "synthetic", beside the real slice, or "image", in its place.
@@ -64,24 +81,33 @@ class PickVariantd(RandomizableTransform):
     def __init__(self, key: str = "synthetic", memory: PictureMemory | None = None) -> None:
         super().__init__(prob=1.0)
         self.key = key
-        self.load = LoadSliced("synthetic", memory=memory)
+        self.load = LoadSliced(["synthetic", "label"], allow_missing_keys=True, memory=memory)
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         """The item with a variant at ``key``."""
         paths = data["variants"]
-        path = paths[self.R.randint(len(paths))]
-        variant = self.load({"synthetic": path})["synthetic"]
+        number = self.R.randint(len(paths))
+        path, labels = paths[number], data.get("variant_labels")
+        files = {"synthetic": path} | ({"label": labels[number]} if labels else {})
+        loaded = self.load(files)
+        variant = loaded["synthetic"]
         if variant.shape != data["image"].shape:
             shape, expected = tuple(variant.shape), tuple(data["image"].shape)
             raise ValueError(f"synthetic: {path} has shape {shape}, its slice has {expected}")
-        return {**data, self.key: variant}
+        item = {**data, self.key: variant}
+        if labels and self.key == "image":
+            item["label"] = loaded["label"]
+        elif labels:
+            item["label"] = torch.cat([torch.as_tensor(data["label"]), loaded["label"]])
+        return item
 
 
 class RandMergeMaskd(RandomizableTransform):
     """Draws ``merge_mask``, float32 (1, H, W): 1 where a patch is real, 0 where it is synthetic.
 
     A matrix of ceil(H / patch_size) x ceil(W / patch_size) uniform numbers is compared with alpha
-    and enlarged by nearest neighbor; the last patches are cut at the slice's border.
+    and enlarged by nearest neighbor; the last patches are cut at the slice's border. A ``label`` of
+    two channels, the slice's and its variant's, becomes one by the same mask.
 
     Args:
         alpha: chance in [0, 1] that a patch is real.
@@ -108,7 +134,12 @@ class RandMergeMaskd(RandomizableTransform):
         size = (math.ceil(height / self.patch_size), math.ceil(width / self.patch_size))
         real = (self.R.uniform(size=size) < self.alpha).astype(np.float32)
         mask = np.kron(real, np.ones((self.patch_size, self.patch_size), np.float32))
-        return {**data, "merge_mask": torch.from_numpy(mask[None, :height, :width].copy())}
+        mask = torch.from_numpy(mask[None, :height, :width].copy())
+        item = {**data, "merge_mask": mask}
+        if len(data.get("label", ())) == 2:
+            own, variant = torch.as_tensor(data["label"]).split(1)
+            item["label"] = torch.where(mask > 0, own, variant)
+        return item
 
 
 class MergeInferer(Inferer):

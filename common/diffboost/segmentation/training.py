@@ -9,7 +9,7 @@ from monai.engines.utils import PrepareBatch
 from diffboost.data.slices import read_store, slice_items
 from diffboost.knobs import nearest
 from diffboost.segmentation.arms import SYNTHETIC_ARM, split_arm
-from diffboost.segmentation.merging import variants_by_slice
+from diffboost.segmentation.merging import own_labels, variants_by_slice
 
 SELECTIONS = ("inner_validation", "test")
 STORE_CHANNELS = 1  # a slice store holds gray slices
@@ -53,7 +53,8 @@ def training_items(
             to arms without variants.
 
     Returns:
-        Dictionaries of ``slice_items``, with ``variants`` (list of paths) where they are needed.
+        Dictionaries of ``slice_items``; where they are needed with ``variants`` (paths) and,
+        where their anatomy was deformed, ``variant_labels``.
 
     Raises:
         ValueError: arm and synthetic_dir disagree, a size or number does not fit the store, or
@@ -84,8 +85,14 @@ def training_items(
             f"synthetic_dir: {synthetic_dir} has no variant of {len(missing)} of "
             f"{len(items)} training slices of fold {fold}, e.g. {names}"
         )
-    items = [item | {"variants": variants[_place(item)]} for item in items]
+    items = [item | _with_labels(variants[_place(item)]) for item in items]
     return _without_rejected(items, arm, synthetic_dir)
+
+
+def _with_labels(variants: list[str]) -> dict:
+    """What an item says of its variants: their files, and those of labels that are their own."""
+    labels = own_labels(variants)
+    return {"variants": variants} | ({} if labels is None else {"variant_labels": labels})
 
 
 def _place(item: dict) -> tuple[str, int]:
