@@ -82,7 +82,8 @@ def train(release: Path, data: list[dict], **body) -> dict:
         overrides["validate#dataset#data"] = data[split:]
     meta = str(release / "configs" / "metadata.json")
     files = {"meta_file": meta, "config_file": str(path)}
-    monai.bundle.run(run_id=body["run_id"], init_id=None, final_id=None, **files, **overrides)
+    settings = {"init_id": None, "final_id": None, "logging_file": False}
+    monai.bundle.run(run_id=body["run_id"], **settings, **files, **overrides)
     return json.loads((release / "models" / "run.json").read_text())
 
 
@@ -137,15 +138,15 @@ def volumes(tmp_path_factory) -> list[dict]:
 def release(tmp_path_factory, volumes) -> Path:
     """A release whose path has a blank, trained on volumes from MONAI Label."""
     release = write_release(tmp_path_factory.mktemp("app") / "a model", learning_rate=0.02)
-    train(release, volumes, max_epochs=12)
+    train(release, volumes, max_epochs=8)
     return release
 
 
 def test_training_from_volumes_lands_in_models(release, volumes):
     record = json.loads((release / "models" / "run.json").read_text())
-    assert (record["epochs"], record["arm"], record["weights"]) == (12, "baseline", None)
+    assert (record["epochs"], record["arm"], record["weights"]) == (8, "baseline", None)
     log = pd.read_csv(release / "models" / "training_log.csv")
-    assert len(log) == 12 and log.val_dice.max() > 0.3
+    assert len(log) == 8 and log.val_dice.max() > 0.3
     lineage = json.loads((release / "models" / "lineage.json").read_text())
     assert (sorted(lineage["cases"]), list(lineage["selection"])) == (
         ["case_0", "case_1", "case_2"],
@@ -188,7 +189,7 @@ def test_a_volume_comes_back_as_monai_bundle_writes_it(release, volumes, tmp_pat
 def test_pictures_train_and_come_back(tmp_path):
     release = write_release(tmp_path / "release", learning_rate=0.02)
     data = [write_picture(tmp_path / "studies", f"us_{number}", number) for number in range(6)]
-    train(release, data, max_epochs=16)
+    train(release, data, max_epochs=12)
     folder = tmp_path / "images"
     folder.mkdir()
     gray = Image.open(data[0]["image"])
@@ -218,9 +219,8 @@ COLORS = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 ODD = {
     "flat": (np.ones((8, 9)), np.eye(4), "image: a NIfTI file needs three axes, or four"),
     "five": (np.ones((8, 9, 2, 2, 2)), np.eye(4), "image: a NIfTI file needs three axes, or four"),
-    "plane": (np.ones((8, 9, 3)), np.diag([1.0, 1, 0, 1]), "image: its affine has NaN or direc"),
-    "nan": (np.ones((8, 9, 3)), np.diag([1.0, np.nan, 1, 1]), "image: its affine has NaN or dire"),
-    "rgb": (np.zeros((8, 9, 3), COLORS), np.eye(4), "numpy.void"),
+    "plane": (np.ones((8, 9, 3)), np.diag([1.0, 1, 0, 1]), "image: the directions of its affine"),
+    "rgb": (np.zeros((8, 9, 3), COLORS), np.eye(4), "('R', 'u1'), ('G', 'u1'), ('B', 'u1')"),
 }
 
 
@@ -239,8 +239,9 @@ def test_a_channel_that_is_not_there_is_refused(tmp_path, release, volumes):
     other = shutil.copytree(release, tmp_path / "release")
     config = json.loads((other / "configs" / "inference.json").read_text())
     (other / "configs" / "inference.json").write_text(json.dumps(config | {"channel": 2}))
-    with pytest.raises(AssertionError, match="image: it has no channel 2"):
+    with pytest.raises(RuntimeError) as error:
         infer(other, volumes[0]["image"])
+    assert "image: it has no channel 2" in message_of(error)
     volume = np.random.default_rng(0).uniform(0, 1, (12, 16, 3, 3)).astype(np.float32)
     nib.save(nib.Nifti1Image(volume, AFFINE), tmp_path / "four.nii.gz")
     nib.save(nib.Nifti1Image(volume[..., 2], AFFINE), tmp_path / "one.nii.gz")
@@ -269,15 +270,14 @@ def write_variants(store_dir: Path, folder: Path, case: str) -> Path:
 
 
 def test_variants_are_used_where_there_are_any_and_the_log_says_so(
-    release, volumes, tmp_path, caplog, monkeypatch
+    release, volumes, tmp_path, caplog
 ):
-    monkeypatch.setattr("monai.bundle.workflows._apply_logging_file", lambda *_: None)
     caplog.set_level(logging.INFO, logger="diffboost")
     other = shutil.copytree(release, tmp_path / "release")
     assert train(other, volumes)["arm"] == "baseline"
     assert "arm baseline: there are no variants of these 15 slices" in caplog.text
-    record = train(other, volumes)
-    write_variants(Path(record["store_dir"]), other / "synthetic", "case_1")
+    (store_dir,) = (other / "models" / "clients").glob("store_*")
+    write_variants(store_dir, other / "synthetic", "case_1")
     record = train(other, volumes)
     assert (record["arm"], record["synthetic_dir"]) == ("diffboost", str(other / "synthetic"))
     assert "arm diffboost: 5 of 15 slices have variants" in caplog.text
@@ -304,6 +304,9 @@ def test_bad_volumes_are_named(release, volumes, tmp_path):
     with pytest.raises(RuntimeError) as error:
         train(other, [*volumes[:2], bad])
     assert "bad.nii.gz: label values 7 are not in the map: 0, 1, 2" in message_of(error)
+    with pytest.raises(RuntimeError) as error:
+        train(other, [*volumes[:3], volumes[0]])
+    assert "is in train::dataset::data and validate::dataset::data" in message_of(error)
     before = json.loads((release / "models" / "run.json").read_text())
     assert json.loads((other / "models" / "run.json").read_text()) == before
 

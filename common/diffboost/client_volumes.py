@@ -114,7 +114,7 @@ class ClientVolumes:
                 writer.write_index(MAX_REJECTED_FRACTION)
                 move_store(partial_dir, store_dir)
             for other in store_dir.parent.glob("store_*"):
-                if other != store_dir:
+                if other != store_dir and other.is_dir():
                     shutil.rmtree(other)
         wait_for_processes()
         return store_dir
@@ -125,12 +125,18 @@ class ClientVolumes:
         Empty where ``synthetic_dir`` is not there or has none of them; the log says so.
 
         Raises:
-            ValueError: they have another size than the slices.
+            ValueError: they have another size than the slices, or do not say what they are of.
         """
         if self.synthetic_dir is None or not Path(self.synthetic_dir).is_dir():
             logger.info("client_synthetic_dir: %s is not there", self.synthetic_dir)
             return {}
         manifest = read_manifest(self.synthetic_dir)
+        missing = {"image_size", "source_sha256"} - set(manifest)
+        if missing:
+            raise ValueError(
+                f"client_synthetic_dir: the manifest of {self.synthetic_dir} lacks the columns "
+                f"{', '.join(sorted(missing))}; synthesize it again"
+            )
         sizes = set(manifest["image_size"])
         if sizes != {self.image_size}:
             raise ValueError(
@@ -166,7 +172,8 @@ def list_cases(items: Sequence[Mapping[str, str]]) -> tuple[dict[str, Case], str
             f"train::dataset::data: {pairs[0][0]} and {first} are a volume and a picture; a "
             "training takes one kind"
         )
-    names = unique_names(Path(image).name.split(".nii")[0].rsplit(".png")[0] for image, _ in pairs)
+    stems = (Path(path).name.split(".nii")[0].removesuffix(".png") for path, _ in pairs)
+    names = unique_names(stems)
     cases = {
         image: Case(name, Path(image).resolve(), (Path(label).resolve(),), "training")
         for name, (image, label) in zip(names, pairs, strict=True)

@@ -66,7 +66,8 @@ class TrainingLog:
     start, which no two runs share, stand apart in ``timing.csv``.
 
     Args:
-        path: the CSV file; timing.csv lies beside it. A new run starts new ones.
+        path: the CSV file; timing.csv lies beside it. A new run starts new ones; a trainer that
+            goes on for some more epochs, as in a federated round, adds rows.
         validator: the validation engine whose metrics are added; it must run before this handler.
         names: names of those metrics, one column each.
         losses: column to key of the trainer's output; None is ``train_loss`` from ``loss``.
@@ -110,8 +111,9 @@ class TrainingLog:
         self.start = time.monotonic() - state["seconds"]
 
     def _begin(self, engine: Engine) -> None:
-        self.start = time.monotonic()
-        self.rows, self.times, self.losses = [], [], []
+        if engine.state.iteration == 0:
+            self.start = time.monotonic()
+            self.rows, self.times, self.losses = [], [], []
 
     def _collect(self, engine: Engine) -> None:
         output = engine.state.output

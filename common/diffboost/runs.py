@@ -195,6 +195,8 @@ class MoveIntoPlace:
     def _begin(self) -> None:
         """Refuses another run; makes the partial folder anew when an engine runs a second time."""
         refuse_other_run(self.output_dir, self.settings)
+        if _has_results(Path(self.partial_dir)):  # of a run that a federated client would wipe out
+            refuse_other_run(self.partial_dir, self.settings)
         Path(self.partial_dir).mkdir(parents=True, exist_ok=True)
 
 

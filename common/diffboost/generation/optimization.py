@@ -99,7 +99,7 @@ def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def build_optimizer(network: nn.Module, optimizer_name: str, learning_rate: float) -> Optimizer:
+def build_optimizer(network: nn.Module, optimizer_name: str, lr: float) -> Optimizer:
     """AdamW with torch's defaults over what is trained, its states in 32 or 8 bits.
 
     One kernel updates all parameters of a device that has it.
@@ -107,7 +107,7 @@ def build_optimizer(network: nn.Module, optimizer_name: str, learning_rate: floa
     Args:
         network: its parameters that require gradients are trained.
         optimizer_name: adamw, or adamw8bit (bitsandbytes): a quarter of the states' memory.
-        learning_rate: the step; no batch size changes it.
+        lr: learning rate, by torch's name, which federated clients set; no batch size changes it.
 
     Raises:
         ValueError: ``optimizer_name`` is unknown.
@@ -118,10 +118,10 @@ def build_optimizer(network: nn.Module, optimizer_name: str, learning_rate: floa
     if optimizer_name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit  # optional, for CUDA alone
 
-        return AdamW8bit(trained_parameters(network), lr=learning_rate)
+        return AdamW8bit(trained_parameters(network), lr=lr)
     parameters = trained_parameters(network)
     fused = all(parameter.device.type in FUSED_DEVICES for parameter in parameters)
-    return torch.optim.AdamW(parameters, lr=learning_rate, fused=fused)
+    return torch.optim.AdamW(parameters, lr=lr, fused=fused)
 
 
 def build_schedule(

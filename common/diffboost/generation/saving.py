@@ -86,7 +86,8 @@ class AveragedWeightsSaver:
     """Keeps an exponential moving average of the trained weights and saves it with its lineage.
 
     Writes ``model.pt`` (averaged, plain state dict) and ``lineage.json`` (with its table, if the
-    cases are many) into ``output_dir`` at the end. The average is a part of the checkpoints.
+    cases are many) into ``output_dir`` at the end. The average is a part of the checkpoints. It
+    begins with the weights that the trainer starts from: in a federated round, the global ones.
 
     Args:
         network: the network in training; its parameters that require gradients are averaged.
@@ -105,14 +106,14 @@ class AveragedWeightsSaver:
         self.output_dir = Path(output_dir)
         self.lineage = lineage
         self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.average = None
-        if decay > 0:
-            self.average = EMAModel(self.parameters, decay=decay, foreach=True)
+        self.decay = decay
+        self.average: EMAModel | None = None
 
     def attach(self, engine: Engine) -> None:
         """Listen to the trainer."""
         engine.add_event_handler(Events.COMPLETED, self._save)
-        if self.average is not None:
+        if self.decay > 0:
+            engine.add_event_handler(Events.STARTED, self._begin)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._update)
             announce(engine, "average", self)
 
@@ -124,6 +125,9 @@ class AveragedWeightsSaver:
         """Takes what ``state_dict`` gave, to the device of the network."""
         self.average.load_state_dict(state)
         self.average.to(self.parameters[0].device)
+
+    def _begin(self, engine: Engine) -> None:
+        self.average = EMAModel(self.parameters, decay=self.decay, foreach=True)
 
     def _update(self, engine: Engine) -> None:
         self.average.step(self.parameters)

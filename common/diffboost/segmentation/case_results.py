@@ -69,6 +69,14 @@ def _open(folder: Path, wanted: dict) -> None:
     write_json(record, wanted)
 
 
+def is_open(partial_dir: str | Path) -> bool:
+    """Whether :func:`open_evaluation` has made the folder.
+
+    Source: engineering choice.
+    """
+    return (Path(partial_dir) / SETTINGS).is_file()
+
+
 def origin_of(item: Mapping) -> list:
     """What a case's results are made of, for :class:`diffboost.records.DoneCases`.
 

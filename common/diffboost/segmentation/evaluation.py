@@ -20,7 +20,7 @@ from diffboost.data.transforms import MapLabelsd, case_preprocessing
 from diffboost.knobs import nearest
 from diffboost.processes import gather_objects, is_main_process, process_rank_and_count
 from diffboost.records import DoneCases, same_command_goes_on
-from diffboost.segmentation.case_results import origin_of
+from diffboost.segmentation.case_results import is_open, origin_of
 from diffboost.segmentation.metrics import case_metrics, check_rules
 
 VOLUMES = ("whole", "foreground")
@@ -181,7 +181,9 @@ class CaseWriter:
     """Measures every case and writes its prediction and its rows, at once when it is done.
 
     Reads decollated items: ``pred`` and ``label`` (1, ...) class index in the source's geometry.
-    Processes share the cases; ``case_results.write_scores`` joins them.
+    Processes share the cases; ``case_results.write_scores`` joins them. Where no
+    ``case_results.open_evaluation`` made the folder, as in federated clients, which run the
+    evaluator alone and again in every round, nothing is written.
 
     Args:
         store_dir: slice store, for the names of the classes and the slices with foreground.
@@ -232,6 +234,8 @@ class CaseWriter:
 
     def _take_batch(self, engine: Engine) -> None:
         """Scores and writes the cases of one iteration."""
+        if not is_open(self.partial_dir):
+            return
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             case = item["case"]
             if case not in self.origins:  # several processes have it; another one writes it

@@ -1,0 +1,1 @@
+"""Releases of bundles: written, and checked by whoever receives one."""
