@@ -357,6 +357,14 @@ def test_a_bad_case_is_a_row_with_the_reason(tmp_path):
         read_source(root / "images", task)
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4, 2, 2)])
+def test_volumes_of_other_axes_are_refused(tmp_path, shape):
+    nib.save(nib.Nifti1Image(np.zeros(shape, np.float32), np.eye(4)), tmp_path / "odd.nii.gz")
+    message = f"image: .*odd.nii.gz has {len(shape)} axes; three are needed, or four"
+    with pytest.raises(ValueError, match=message):
+        load_volume(str(tmp_path / "odd.nii.gz"), "image")
+
+
 def test_without_the_extra_it_is_named(folder, monkeypatch):
     monkeypatch.setattr(dicom_labels, "HAS_HIGHDICOM", False)
     with pytest.raises(ModuleNotFoundError, match=r"needs highdicom; .* diffboost\[dicom\]"):

@@ -13,6 +13,9 @@ from diffboost.data.dicom_labels import read_segments
 from diffboost.data.dicom_series import is_dicom, named_dicom, need_dicom, read_headers
 from diffboost.data.volumes import named_volume
 
+AXES = (3, 4)  # of a volume; the fourth are channels
+_NAME = "filename_or_obj"
+
 
 class LoadVolumesd(MapTransform):
     """Loads ``image`` and ``label`` of a case; a DICOM SEG is laid onto the image's series.
@@ -45,9 +48,6 @@ class LoadVolumesd(MapTransform):
         return item
 
 
-_NAME = "filename_or_obj"
-
-
 def load_volume(path: str | Sequence[str], key: str) -> MetaTensor:
     """A volume as MONAI's readers give it, float32 (columns, rows, slices), affine to RAS.
 
@@ -77,5 +77,9 @@ def load_volume(path: str | Sequence[str], key: str) -> MetaTensor:
         reader = NibabelReader()
         with named_volume(name, key):
             voxels, header = reader.get_data(reader.read(path))
+    if np.ndim(voxels) not in AXES:
+        raise ValueError(
+            f"{key}: {name} has {np.ndim(voxels)} axes; three are needed, or four, channels last"
+        )
     header[_NAME] = name
     return MetaTensor.ensure_torch_and_prune_meta(np.asarray(voxels, np.float32), header)

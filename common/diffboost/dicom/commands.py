@@ -41,6 +41,7 @@ def seg(
     """
     from diffboost.dicom.segmentations import write_segmentations  # torch takes seconds
 
+    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells of every module it copies
     try:
         write_segmentations(predictions_dir, dataset_dir, output_dir, labels, model_path)
     except (OSError, ValueError, ModuleNotFoundError) as error:
