@@ -1,0 +1,209 @@
+"""Makes docs/results/index.md, with tables and figures, from committed metrics; collects these.
+
+    python benchmarks/results_page.py [--runs RUNS_DIR] [--output_dir docs/results]
+
+With --runs, every study real_* of RUNS_DIR gives its metrics (`data/STUDY.csv.gz`, without times),
+the seconds of its stages (`data/STUDY.costs.csv`) and its best Dice on inner validation
+(`data/inner_validation.csv`), which chooses the classical arm that all are compared with. The page
+is then written from what lies in data/ alone, so that it can be made again without the runs. A
+study, trial or table that is not there is said to be not run. Rules: docs/results/protocol.md.
+"""
+
+import argparse
+import gzip
+import logging
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from diffboost import results
+from diffboost.exhibits import METRIC_NAMES, in_order
+from diffboost.figures import STYLE, arm_colors
+from diffboost.plans import uses_variants
+from diffboost.statistics import (
+    LOWER_IS_BETTER,
+    case_values,
+    describe,
+    holm,
+    mean_interval,
+    paired_difference,
+    verdict,
+)
+
+PRIMARY = "real_breast_all"
+CURVES = {
+    "breast": ("real_breast_20", "real_breast_40", "real_breast_80", PRIMARY),
+    "hippocampus": ("real_hippocampus_5", "real_hippocampus_10", "real_hippocampus_20"),
+}
+DEVELOPMENT = "real_breast_dev"
+STUDIES = (*CURVES["breast"], *CURVES["hippocampus"])
+
+logger = logging.getLogger("results_page")
+
+
+def collect(runs_dir: Path, data_dir: Path) -> None:
+    """Copies metrics and costs of the studies that have been evaluated, whole or in part."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    chosen = []
+    for name in (*STUDIES, DEVELOPMENT):
+        try:
+            metrics = results.read_metrics(runs_dir / name)
+        except FileNotFoundError:
+            logger.info("%s: not run", name)
+            continue
+        text = metrics.round({"value": 4}).to_csv(index=False).encode()
+        (data_dir / f"{name}.csv.gz").write_bytes(gzip.compress(text, mtime=0))
+        costs = results.read_costs(runs_dir / name).round(1)
+        costs.to_csv(data_dir / f"{name}.costs.csv")
+        log = results.read_training_logs(runs_dir / name)[1]
+        best = log.groupby(["arm", "fold", "seed"]).val_dice.max().groupby("arm", sort=False).mean()
+        chosen.append(best.reset_index().assign(study=name))
+        logger.info("%s: %d rows", name, len(metrics))
+    if chosen:
+        pd.concat(chosen).round(4).to_csv(data_dir / "inner_validation.csv", index=False)
+
+
+def read(data_dir: Path, name: str) -> pd.DataFrame | None:
+    """A study's metrics; None if it is not there."""
+    path = data_dir / f"{name}.csv.gz"
+    return results.load_metrics(path) if path.is_file() else None
+
+
+def best_classical(data_dir: Path) -> str:
+    """The arm without variants that is best on inner validation, where the study with all cases is;
+    baseline before."""
+    path = data_dir / "inner_validation.csv"
+    if not path.is_file():
+        return "baseline"
+    means = pd.read_csv(path).query("study == @PRIMARY").set_index("arm").val_dice
+    plain = [arm for arm in means.index if not uses_variants(arm)]
+    return means[plain].idxmax() if plain else "baseline"
+
+
+def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
+    """A row an arm: mean and interval of each metric, and the paired gain in Dice over `reference`.
+
+    Args:
+        metrics: of a study, its base alone.
+        reference: an arm without variants.
+
+    Returns:
+        arm; n (cases); runs (folds x seeds); metrics, {name: (mean, low, high)}; gain, None of
+        the reference itself.
+    """
+    values = case_values(metrics)
+    gains = {
+        arm: paired_difference(values.loc[arm, "dice"], values.loc[reference, "dice"])
+        for arm in metrics.arm.unique()
+        if arm != reference
+    }
+    adjusted = holm({arm: gain["p"] for arm, gain in gains.items()})
+    rows = []
+    for arm in metrics.arm.unique():
+        shown = {
+            name: (describe(values.loc[arm, name])["mean"], *mean_interval(
+                values.loc[arm, name].dropna().to_numpy()))
+            for name in METRIC_NAMES
+        }  # fmt: skip
+        gain = gains.get(arm)
+        if gain is not None:
+            gain = gain | {"p_holm": adjusted[arm]}
+            gain["verdict"] = verdict(gain)
+        trained = metrics[metrics.arm == arm][["fold", "seed"]].drop_duplicates()
+        row = {"arm": arm, "metrics": shown, "gain": gain, "runs": len(trained)}
+        rows.append(row | {"n": int(values.loc[arm, "dice"].notna().sum())})
+    return rows
+
+
+def levers(metrics: pd.DataFrame) -> list[dict]:
+    """A row a knob and value of the development study: gain of diffboost over the base's value."""
+    rows = []
+    for knob in [name for name in metrics.knob.unique() if name]:
+        chosen = metrics[(metrics.knob == knob) & (metrics.arm == "diffboost")]
+        ordered = list(dict.fromkeys(chosen.knob_value))
+        base = case_values(chosen[chosen.knob_value == ordered[0]]).loc["diffboost", "dice"]
+        for value in in_order(ordered):
+            found = case_values(chosen[chosen.knob_value == value]).loc["diffboost", "dice"]
+            row = {"knob": knob, "value": value, "dice": float(found.mean())}
+            is_base = value == ordered[0]
+            rows.append(row | {"gain": None if is_base else paired_difference(found, base)})
+    return rows
+
+
+def draw_curves(studies: dict[str, pd.DataFrame], path: Path, sizes: dict[str, str]) -> None:
+    """Mean Dice of each arm over the number of labelled cases, with intervals over test cases."""
+    arms = [arm for arm in ("baseline", "mirror", "rotate", "nnunet", "diffboost",
+            "diffboost+mirror", "diffboost+rotate", "diffboost+nnunet")
+            if any(arm in set(metrics.arm) for metrics in studies.values())]  # fmt: skip
+    colors = arm_colors(arms)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for number, arm in enumerate(arms):
+            points = []
+            for place, metrics in enumerate(studies.values()):
+                if arm in set(metrics.arm):
+                    values = case_values(metrics).loc[arm, "dice"].dropna().to_numpy()
+                    points.append((place, values.mean(), *mean_interval(values)))
+            if points:
+                x, mean, low, high = (list(column) for column in zip(*points, strict=True))
+                x = [value + 0.03 * (number - len(arms) / 2) for value in x]
+                axis.plot(x, mean, marker="o", markersize=3.5, color=colors[arm], label=arm,
+                          linestyle="-" if uses_variants(arm) else "--")  # fmt: skip
+                axis.vlines(x, low, high, color=colors[arm], linewidth=0.8, alpha=0.6)
+        axis.set_xticks(range(len(studies)), [sizes[name] for name in studies])
+        axis.set_xlabel("labelled cases of a fold (bars: 95 % interval over test cases)")
+        axis.set_ylabel("Dice")
+        axis.legend(frameon=False, fontsize=8, ncols=2)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def write_page(output_dir: Path) -> None:
+    """Writes index.md and the figures beside it."""
+    data_dir = output_dir / "data"
+    found = {name: read(data_dir, name) for name in STUDIES}
+    studies = {name: m[m.knob == ""] for name, m in found.items() if m is not None}
+    reference = best_classical(data_dir)
+    tables = {name: table(metrics, reference) for name, metrics in studies.items()}
+    figures = {}
+    for organ, names in CURVES.items():
+        present = {name: studies[name] for name in names if name in studies}
+        if len(present) > 1:
+            sizes = {name: name.rpartition("_")[2] for name in names}
+            draw_curves(present, output_dir / f"curve_{organ}.svg", sizes)
+            figures[organ] = f"curve_{organ}.svg"
+    development = read(data_dir, DEVELOPMENT)
+    small = {path.stem: pd.read_csv(path) for path in sorted(data_dir.glob("*.csv"))}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    text = environment.get_template("results_page.md.j2").render(
+        tables=tables, missing=[name for name in STUDIES if name not in studies], figures=figures,
+        levers=None if development is None else levers(development),
+        development=None if development is None else table(
+            development[development.knob == ""], "baseline"),
+        small=small, reference=reference, metric_names=METRIC_NAMES, lower=LOWER_IS_BETTER,
+    )  # fmt: skip
+    (output_dir / "index.md").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Collects if asked to, then writes the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, help="folder of the studies")
+    parser.add_argument("--output_dir", type=Path, default=Path("docs/results"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.runs:
+        collect(options.runs, options.output_dir / "data")
+    write_page(options.output_dir)
+
+
+if __name__ == "__main__":
+    main()
