@@ -1,4 +1,4 @@
-"""The command `diffboost`: studies, their reports and costs, audits of stores, releases."""
+"""The command `diffboost`: studies, reports, costs, audits of stores, releases, DICOM."""
 
 import fcntl
 import inspect
@@ -15,6 +15,7 @@ import fire
 
 from diffboost.audit.commands import AUDITS
 from diffboost.data.tasks import read_task
+from diffboost.dicom.commands import DICOM
 from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.stages import WORKFLOW, warm_programs, why_cold
@@ -215,7 +216,7 @@ def _hold(lock: TextIO, run_dir: Path) -> None:
         raise SystemExit(f"{run_dir}: another process is running this study") from None
 
 
-COMMANDS = {"study": study, "report": report, "cost": cost, "audit": AUDITS}
+COMMANDS = {"study": study, "report": report, "cost": cost, "audit": AUDITS, "dicom": DICOM}
 COMMANDS |= {"package": package, "verify": verify}
 
 

@@ -71,16 +71,29 @@ def write_json(path: Path, content: Mapping) -> None:
     write_aside(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def files_behind(paths: Iterable[str | Path]) -> list[str | Path]:
+    """The paths, a folder (a DICOM series) replaced by the visible files in it, by their names."""
+    files: list[str | Path] = []
+    for path in paths:
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in entries if not entry.is_dir()]
+        files += [Path(path) / name for name in sorted(names) if not name.startswith(".")]
+    return files
+
+
 def sha256_of_files(paths: Iterable[str | Path]) -> str:
     """Hash of the files' contents, one after the other, as 64 hexadecimal digits.
 
     Args:
-        paths: files to read.
+        paths: files to read; a folder stands for its files, see :func:`files_behind`.
 
     Source: engineering choice.
     """
     digest = hashlib.sha256()
-    for path in paths:
+    for path in files_behind(paths):
         with open(path, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from diffboost.files import sha256_of_files, write_aside
+from diffboost.files import files_behind, sha256_of_files, write_aside
 
 logger = logging.getLogger(__name__)
 
@@ -17,12 +17,14 @@ FOLDER = "done"  # in the partial folder; never in a finished one
 def state_of(paths: Iterable[str | Path]) -> list[list]:
     """Path, bytes and time of change (ns) of files, to tell later whether they are the same.
 
+    A folder stands for the files in it.
+
     Raises:
         FileNotFoundError: one of them is gone.
 
     Source: engineering choice.
     """
-    states = ((str(path), Path(path).stat()) for path in paths)
+    states = ((str(path), Path(path).stat()) for path in files_behind(paths))
     return [[path, state.st_size, state.st_mtime_ns] for path, state in states]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import nibabel as nib
 import pandas as pd
 
+from diffboost.data.dicom_geometry import series_affine
+from diffboost.data.dicom_series import is_dicom, read_headers
 from diffboost.data.images import picture_size
 from diffboost.data.phantoms import write_decathlon_task
 from diffboost.data.slices import read_store
@@ -123,9 +125,14 @@ def _shape(case: Case, slice_axis: str) -> tuple[int, int]:
     if case.image.suffix.lower() in IMAGE_SUFFIXES:
         width, height = picture_size(case.image, "dataset_dir")
         return 1, width * height
-    file = open_volume(case.image, "dataset_dir")
-    directions = nib.io_orientation(file.affine)[:, 0]
+    if is_dicom(case.image):
+        headers = read_headers(case.image, "dataset_dir")
+        affine = series_affine(headers)
+        sides = [headers[0].Columns, headers[0].Rows, len(headers)]
+    else:
+        file = open_volume(case.image, "dataset_dir")
+        affine, sides = file.affine, list(file.shape[:3])
+    directions = nib.io_orientation(affine)[:, 0]
     axis = list(directions).index(WORLD_AXES.index(AXCODES[slice_axis][-1]))
-    sides = list(file.shape[:3])
     number = sides.pop(axis)
     return number, sides[0] * sides[1]

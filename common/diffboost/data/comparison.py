@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffboost.data.candidates import Candidates
 from diffboost.data.registration import Likeness, align, invert, texture
 from diffboost.data.splits import group_cases
-from diffboost.data.tasks import AXCODES
+from diffboost.data.tasks import AXCODES, VOLUMES
 from diffboost.data.transforms import LoadSliced
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class SliceComparison:
         self.shown = [
             self._middle(index.foreground_px.to_numpy(), n) for n in range(len(self.names))
         ]
-        flat = task["layout"] != "decathlon"
+        flat = task["layout"] not in VOLUMES
         firsts = index.iloc[self.starts]
         shapes = [
             list(shape[:2]) if flat else in_plane_shape(shape, affine, task["slice_axis"])

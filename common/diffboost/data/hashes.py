@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffboost.data.documents import check_digest
 from diffboost.data.images import LARGEST_PIXELS
-from diffboost.files import sha256_of_files
+from diffboost.files import files_behind, sha256_of_files
 
 MOVABLE = ("source_dir",)  # keys of dataset.json that may be changed when folders move
 HEADER_KINDS = {"name": str, "labels": dict, "task": dict, "preprocessing": dict, "source_dir": str}
@@ -51,10 +51,13 @@ def check_source(files: Sequence[str], row: Mapping) -> None:
 
     Source: engineering choice (issue 5: nothing is accepted in silence).
     """
-    missing = [path for path in files if not Path(path).is_file()]
+    missing = [path for path in files if not Path(path).exists()]
     if missing:
         raise FileNotFoundError(f"source files of case '{row['case']}' are gone: {missing[0]}")
-    states = tuple((path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files)
+    states = tuple(
+        (str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns)
+        for path in files_behind(files)
+    )
     if _unchanged_sha256(states) != row["source_sha256"]:
         raise ValueError(
             f"source files of case '{row['case']}' are damaged or others than those that were "

@@ -10,6 +10,8 @@ import torch
 from monai.data import MetaTensor
 from torch.utils.data import Dataset
 
+from diffboost.data.dicom_labels import check_segments
+from diffboost.data.dicom_series import is_dicom, read_headers
 from diffboost.data.images import read_image
 from diffboost.data.sources import IMAGE_SUFFIXES, Case
 from diffboost.data.transforms import LoadSliced, case_preprocessing, intensity_step
@@ -192,12 +194,16 @@ def _check_files(case: Case) -> None:
         key = "image" if path == case.image else "label"
         if path.suffix.lower() in IMAGE_SUFFIXES:
             read_image(path, key)
+        elif is_dicom(path) and key == "image":
+            read_headers(path, key)
+        elif is_dicom(path):
+            check_segments(path, case.image)
         else:
             check_volume(path, key)
 
 
 def _reason(error: BaseException) -> str:
     """What our own error says, else the innermost cause, on one line."""
-    while error.__cause__ is not None and type(error) is not ValueError:
+    while error.__cause__ is not None and not isinstance(error, ValueError):
         error = error.__cause__
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -1,4 +1,4 @@
-"""Readers of raw data with labels: Decathlon folders, and pairs of image and mask."""
+"""Readers of raw data with labels: volumes, by a list or in folders; pairs of image and mask."""
 
 import logging
 import os
@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffboost.data.containment import inside, leads_out
+from diffboost.data.dicom_labels import need_highdicom
+from diffboost.data.dicom_series import is_dicom, need_dicom
 from diffboost.data.documents import read_json
 from diffboost.knobs import nearest
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+LABEL_SUFFIXES = (".nii.gz", ".nii", ".dcm")  # beside a folder with one DICOM SEG
 _MASK = re.compile(r"^(?P<stem>.+)_mask(_\d+)?$")
 
 
@@ -21,6 +24,7 @@ _MASK = re.compile(r"^(?P<stem>.+)_mask(_\d+)?$")
 class Case:
     """One volume or 2D image: file-name safe name, absolute paths, section, finding.
 
+    A path is a file, or the folder of a DICOM series.
     ``finding`` is the name of an image's own folder where that says what it shows, else "".
     """
 
@@ -51,6 +55,7 @@ def read_source(dataset_dir: str | Path, task: Mapping) -> Source:
 
     Raises:
         FileNotFoundError: no such folder, or no dataset.json in a Decathlon folder.
+        ModuleNotFoundError: there is DICOM, and its packages are not installed.
         ValueError: not a Decathlon json, a path that leaves the folder, or no case at all.
 
     Source: engineering choice (issue 2, "Data").
@@ -58,8 +63,9 @@ def read_source(dataset_dir: str | Path, task: Mapping) -> Source:
     root = Path(os.path.abspath(dataset_dir))
     if not root.is_dir():
         raise FileNotFoundError(f"dataset_dir: no such folder: {root}")
-    readers = {"decathlon": _decathlon, "pairs": _pairs}
+    readers = {"decathlon": _decathlon, "series": _series, "pairs": _pairs}
     source = readers[task["layout"]](root, task)
+    _need_packages(source.cases)
     if not source.cases:
         reasons = "; ".join(f"{file}: {reason}" for file, reason in source.rejected[:3])
         raise ValueError(
@@ -69,8 +75,9 @@ def read_source(dataset_dir: str | Path, task: Mapping) -> Source:
 
 
 _EXPECTED = (
-    "Expected is, by layout: decathlon: dataset.json with a list 'training'; pairs: NAME.png with "
-    "NAME_mask.png, or folders images and masks"
+    "Expected is, by layout: decathlon: dataset.json with a list 'training'; series: folders "
+    "images/NAME of one DICOM series, and labels/NAME.nii.gz or labels/NAME.dcm (DICOM SEG); "
+    "pairs: NAME.png with NAME_mask.png, or folders images and masks"
 )
 
 
@@ -121,7 +128,7 @@ def _decathlon(root: Path, task: Mapping) -> Source:
                 inside(root, entry[key], f"{json_path}: {section}: {key}")
                 for key in ("image", "label")
             )
-            missing = [path for path in (image, label) if not path.is_file()]
+            missing = [path for path in (image, label) if not path.exists()]
             if missing:
                 source.rejected += [
                     (str(path.relative_to(root)), "no such file") for path in missing
@@ -132,6 +139,44 @@ def _decathlon(root: Path, task: Mapping) -> Source:
     source.cases = [
         Case(name, image, (label,), section)
         for name, (image, label, section) in zip(names, found, strict=True)
+    ]
+    return source
+
+
+def _need_packages(cases: Iterable[Case]) -> None:
+    """Raises ModuleNotFoundError before any work where DICOM cannot be read here."""
+    for case in cases:
+        if is_dicom(case.image):
+            need_dicom(f"dataset_dir: {case.image}")
+        if any(map(is_dicom, case.labels)):
+            need_highdicom(f"dataset_dir: {case.labels[0]}")
+
+
+def _series(root: Path, task: Mapping) -> Source:
+    """Cases of DICOM series: folders images/NAME, with labels of the same NAME in labels."""
+    for name in ("images", "labels"):
+        if not (root / name).is_dir():
+            raise FileNotFoundError(f"dataset_dir: no folder {name} in {root}. {_EXPECTED}")
+    source, found = Source(), []
+    for image in sorted((root / "images").iterdir()):
+        relative = str(image.relative_to(root))
+        if image.name.startswith("."):
+            continue
+        choices = [image.name, *(image.name + suffix for suffix in LABEL_SUFFIXES)]
+        labels = [root / "labels" / name for name in choices if (root / "labels" / name).exists()]
+        if not image.is_dir():
+            source.rejected.append((relative, "no folder; a case is a folder of one series"))
+        elif any(leads_out(root, each) for each in (image, *labels)):
+            source.rejected.append((relative, "a link out of the folder"))
+        elif len(labels) != 1:
+            said = ", ".join(each.name for each in labels) or f"none of {', '.join(choices)}"
+            source.rejected.append((relative, f"one label is needed in labels; found: {said}"))
+        else:
+            found.append((image, labels[0]))
+    names = unique_names(image.name for image, _ in found)
+    source.cases = [
+        Case(name, image, (label,), "training")
+        for name, (image, label) in zip(names, found, strict=True)
     ]
     return source
 

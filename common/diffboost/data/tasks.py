@@ -9,7 +9,8 @@ from diffboost.data.documents import read_yaml
 from diffboost.knobs import nearest, refuse_unknown
 
 TASKS_DIR = Path(__file__).parent / "tasks"
-LAYOUTS = ("decathlon", "pairs", "radimagenet")
+LAYOUTS = ("decathlon", "series", "pairs", "radimagenet")
+VOLUMES = ("decathlon", "series")  # the others are of pictures
 # The slice axis lies last; the codes name the directions in which rows, columns and slices grow.
 AXCODES = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
 INTENSITY_KEYS = {

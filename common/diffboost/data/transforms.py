@@ -25,7 +25,8 @@ from torch.nn.functional import interpolate
 
 from diffboost.data.images import read_levels
 from diffboost.data.memory import PictureMemory
-from diffboost.data.tasks import AXCODES
+from diffboost.data.tasks import AXCODES, VOLUMES
+from diffboost.data.volume_reader import LoadVolumesd
 
 AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 _LOSSY = (".jpg", ".jpeg")
@@ -150,6 +151,7 @@ def case_preprocessing(task: Mapping, image_size: int, with_label: bool) -> Comp
         task: a task as ``read_task`` gives it.
         image_size: side of a slice, S, in pixels.
         with_label: load and map ``label`` too (a path, or a list of paths of masks to unite).
+            Volumes are NIfTI, or folders of one DICOM series; their labels NIfTI or DICOM SEG.
 
     Returns:
         Transforms from ``{"image": path, "label": path}`` to MetaTensors ``image`` (1, S, S, D),
@@ -160,12 +162,12 @@ def case_preprocessing(task: Mapping, image_size: int, with_label: bool) -> Comp
         case in protocol ``sound``, of each slice in protocol ``paper``).
     """
     keys = ["image", "label"] if with_label else ["image"]
-    flat = task["layout"] != "decathlon"
+    flat = task["layout"] not in VOLUMES
     to_gray = operator.methodcaller("convert", "F")
-    reader = PILReader(converter=to_gray, reverse_indexing=False) if flat else "NibabelReader"
+    pictures = PILReader(converter=to_gray, reverse_indexing=False)
     channel = slice(task["channel"], task["channel"] + 1)
     steps = [
-        LoadImaged(keys, reader=reader),
+        LoadImaged(keys, reader=pictures) if flat else LoadVolumesd(keys),
         EnsureChannelFirstd(keys),
         Lambdad("image", func=operator.itemgetter(channel)),
     ]

@@ -43,7 +43,7 @@ def check_volume(path: str | Path, key: str) -> None:
     Source: engineering choice (issue 5, "Hostile input").
     """
     path = Path(path)
-    with _named(path, key):
+    with named_volume(path, key):
         volume = _open(path)
         needed, size = _bytes_claimed(volume), path.stat().st_size
         there = size if path.suffix.lower() == ".nii" else _unpacked_size(path, size, needed)
@@ -65,7 +65,7 @@ def open_volume(path: str | Path, key: str) -> nib.spatialimages.SpatialImage:
 
     Source: engineering choice (issue 5, "Hostile input").
     """
-    with _named(path, key):
+    with named_volume(path, key):
         volume = _open(Path(path))
         _bytes_claimed(volume)
         _check_geometry(volume.header)
@@ -80,8 +80,19 @@ def _open(path: Path) -> nib.spatialimages.SpatialImage:
 
 
 @contextmanager
-def _named(path: str | Path, key: str) -> Iterator[None]:
-    """Turns what nibabel raises on a damaged file into an error that names it."""
+def named_volume(path: str | Path, key: str) -> Iterator[None]:
+    """Turns what nibabel raises on a damaged file into an error that names it.
+
+    Args:
+        path: the file.
+        key: what it is, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: anything else.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
     try:
         yield
     except FileNotFoundError:

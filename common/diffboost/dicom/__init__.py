@@ -1,0 +1,1 @@
+"""What is written as DICOM: predictions as segmentations, synthetic images as secondary capture."""
