@@ -247,7 +247,7 @@ def check_flags(words: list[str], roots: list[Path], where: str) -> None:
 def test_every_documented_knob_exists(path):
     text = path.read_text(encoding="utf-8")
     in_bundle = path.parents[2] == REPOSITORY / "bundles"
-    roots = [path.parents[1]] if in_bundle else [REPOSITORY, *BUNDLES]
+    roots = [path.parents[1]] if in_bundle else [REPOSITORY, REPOSITORY / "bundles", *BUNDLES]
     for words in bundle_commands(text):
         check_flags(words, roots, named(path))
 

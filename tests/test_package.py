@@ -337,13 +337,21 @@ PYPI = {"PIL": "pillow", "ignite": "pytorch-ignite", "yaml": "pyyaml"}
 APART = {"diffboost", "monai", "torch", "numpy", "bitsandbytes"}  # the last only where it is chosen
 
 
+def _loaded(node: ast.AST):
+    """A module's statements that run when it is loaded: what a function imports is optional."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from _loaded(child)
+
+
 def imported(module: str, seen: set[str]) -> None:
     """Adds what a module of the package imports, and what those modules import, to `seen`."""
     path = REPOSITORY / "common" / Path(*module.split("."))
     for file in (path.with_suffix(".py"), path / "__init__.py"):
         if file.is_file() and module not in seen:
             seen.add(module)
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            for node in _loaded(ast.parse(file.read_text(encoding="utf-8"))):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else []
                 names += [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [f"{node.module}.{a.name}" for a in node.names] if names[:1] and (

@@ -1,7 +1,5 @@
 """Edge maps: HED or a weight-free gradient of images, edges of masks, and their union."""
 
-import hashlib
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,13 +8,7 @@ import torch
 from monai.networks.layers import GaussianFilter
 from torch.nn.functional import conv2d, interpolate, one_hot, pad
 
-from diffboost.conditions.hed_weights import bsds500_file, controlnet_hed_file
 from diffboost.conditions.winograd import GrayHed
-from diffboost.data.weights import load_weights
-
-with warnings.catch_warnings():  # controlnet_aux loads all its annotators; their libraries warn
-    warnings.simplefilter("ignore")
-    from controlnet_aux.hed import ControlNetHED_Apache2
 
 EDGE_NAMES = ("hed-bsds500", "controlnet-hed", "gradient")
 LARGEST_HED_PX = 512
@@ -120,13 +112,14 @@ def load_edge_detector(
             raise ValueError(f"edge_weights: {weights}; edges 'gradient' take none")
         smooth = GaussianFilter(spatial_dims=2, sigma=1.0).to(device)
         return EdgeDetector(name, partial(_gradient, smooth), size_px, "", device)
-    path = bsds500_file(weights) if name == "hed-bsds500" else controlnet_hed_file(weights)
-    network = ControlNetHED_Apache2()
-    load_weights(network, path, "edge_weights")
-    network = network.float().requires_grad_(False).to(device)
+    from diffboost.conditions.hed import (
+        load_hed,
+    )  # imports controlnet_aux, which gradient needs not
+
+    network, digest = load_hed(name, weights)
+    network = network.to(device)
     on_processor = torch.device(device).type == "cpu"  # GPUs have such convolutions themselves
     detect = GrayHed(network) if on_processor else partial(_hed, network)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return EdgeDetector(name, detect, size_px, digest, device)
 
 

@@ -9,7 +9,8 @@ import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
-from diffboost.conditions.edges import ControlNetHED_Apache2, detection_size, load_edge_detector
+from diffboost.conditions.edges import detection_size, load_edge_detector
+from diffboost.conditions.hed import ControlNetHED_Apache2
 from diffboost.cost.configs import amp_precision, float32_kind, value, without_eight_bit
 from diffboost.cost.counting import Count, count, inference, num_bytes, optimizer_bytes
 from diffboost.generation.backbones import load_config, load_part
