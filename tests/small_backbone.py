@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+from diffboost.generation.backbones import backbone_sha256
 from diffboost.generation.creation import create_backbone
+from diffboost.generation.lineage import write_lineage
+from diffboost.generation.networks import ControlledUNet
+from diffboost.handlers import save_weights
+from diffboost.prepare import prepare
 
 SMALL = {
     "image_size": 32,
@@ -25,3 +30,18 @@ def write_backbone(folder: Path, zero_convolution_std: float = 0.0, seed: int = 
     """An untrained backbone in `folder`, its zero convolutions zero as ControlNet's by default."""
     settings = SMALL | {"seed": seed}
     return str(create_backbone(str(folder), zero_convolution_std=zero_convolution_std, **settings))
+
+
+def write_study(folder: Path, num_slices: int = 4) -> Path:
+    """`store` (five phantoms at 32 px, two folds), `backbone`, and an untrained `generator`."""
+    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": num_slices}
+    prepare(
+        "phantoms", folder / "store", "phantom_organ", 32, "gradient", num_folds=2,
+        phantoms=phantoms, group_duplicates=False,
+    )  # fmt: skip
+    write_backbone(folder / "backbone", zero_convolution_std=0.03)
+    save_weights(ControlledUNet(str(folder / "backbone")), folder / "generator" / "model.pt")
+    lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
+    lineage["backbone_sha256"] = backbone_sha256(str(folder / "backbone"))
+    write_lineage(folder / "generator" / "lineage.json", lineage)
+    return folder

@@ -17,13 +17,8 @@ from diffboost.audit.quality import items_of
 from diffboost.conditions.edges import mask_edges
 from diffboost.data.images import read_levels
 from diffboost.data.slices import slice_items, write_label
-from diffboost.generation.backbones import backbone_sha256
 from diffboost.generation.deformation import deform_items, deform_slice
-from diffboost.generation.lineage import write_lineage
-from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.sampling import variant_noise
-from diffboost.handlers import save_weights
-from diffboost.prepare import prepare
 from diffboost.segmentation.augmentations import augmentation
 from diffboost.segmentation.merging import PickVariantd
 from diffboost.segmentation.training import training_items
@@ -32,17 +27,7 @@ from diffboost.segmentation.training import training_items
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A store of four phantoms, an untrained generator, and deformed variants."""
-    folder = tmp_path_factory.mktemp("deformation")
-    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": 3}
-    prepare(
-        "phantoms", folder / "store", "phantom_organ", 32, "gradient", num_folds=2,
-        phantoms=phantoms, group_duplicates=False,
-    )  # fmt: skip
-    small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
-    save_weights(ControlledUNet(str(folder / "backbone")), folder / "generator" / "model.pt")
-    lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
-    lineage["backbone_sha256"] = backbone_sha256(str(folder / "backbone"))
-    write_lineage(folder / "generator" / "lineage.json", lineage)
+    folder = small_backbone.write_study(tmp_path_factory.mktemp("deformation"), num_slices=3)
     synthesize(folder, "deformed", deformation_px=4.0, deformation_spacing_px=8)
     return folder
 

@@ -23,7 +23,7 @@ from diffboost.data.slices import read_store, slice_items, write_image
 from diffboost.generation.lineage import copy_lineage, write_lineage
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.saving import trace_lineage
-from diffboost.generation.synthesis import variant_facts
+from diffboost.generation.variant_facts import variant_facts
 from diffboost.handlers import save_weights
 
 SIZE = 32

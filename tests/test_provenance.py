@@ -16,9 +16,6 @@ from torchrun import bundle_settings
 
 from diffboost.audit.commands import provenance
 from diffboost.audit.provenance import audit_provenance
-from diffboost.generation.backbones import backbone_sha256
-from diffboost.generation.lineage import write_lineage
-from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.provenance import (
     FACTS,
     OWN_DECODER,
@@ -28,8 +25,6 @@ from diffboost.generation.provenance import (
     read_facts,
     variant_png,
 )
-from diffboost.handlers import save_weights
-from diffboost.prepare import prepare
 
 FACTS_OF_ONE = {name: kind("7") for name, kind in FACTS.items()} | machine_facts("cpu")
 
@@ -37,18 +32,7 @@ FACTS_OF_ONE = {name: kind("7") for name, kind in FACTS.items()} | machine_facts
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A store of 12 slices to vary, an untrained generator, and two variants of each slice."""
-    folder = tmp_path_factory.mktemp("provenance")
-    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": 4}
-    prepare(
-        "phantoms", folder / "store", "phantom_organ", 32, "gradient", num_folds=2,
-        phantoms=phantoms, group_duplicates=False,
-    )  # fmt: skip
-    small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
-    network = ControlledUNet(str(folder / "backbone"))
-    save_weights(network, folder / "generator" / "model.pt")
-    lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
-    lineage["backbone_sha256"] = backbone_sha256(str(folder / "backbone"))
-    write_lineage(folder / "generator" / "lineage.json", lineage)
+    folder = small_backbone.write_study(tmp_path_factory.mktemp("provenance"))
     torch.set_num_threads(1)
     synthesize(folder, "synthetic")
     return folder

@@ -23,27 +23,13 @@ from diffboost.generation.decoding import (
     resolve_decoder,
     with_decoder_lineage,
 )
-from diffboost.generation.lineage import write_lineage
-from diffboost.generation.networks import ControlledUNet
-from diffboost.handlers import save_weights
-from diffboost.prepare import prepare
 from diffboost.stages import stage_configs
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A store of 12 slices, a backbone, an untrained generator, and a distilled decoder."""
-    folder = tmp_path_factory.mktemp("decoder")
-    phantoms = {"num_training": 4, "num_test": 1, "size_px": 32, "num_slices": 4}
-    prepare(
-        "phantoms", folder / "store", "phantom_organ", 32, "gradient", num_folds=2,
-        phantoms=phantoms, group_duplicates=False,
-    )  # fmt: skip
-    small_backbone.write_backbone(folder / "backbone", zero_convolution_std=0.03)
-    save_weights(ControlledUNet(str(folder / "backbone")), folder / "generator" / "model.pt")
-    lineage = {"fold": 0, "train_base": False, "cases": {}, "ancestors": []}
-    lineage["backbone_sha256"] = backbone_sha256(str(folder / "backbone"))
-    write_lineage(folder / "generator" / "lineage.json", lineage)
+    folder = small_backbone.write_study(tmp_path_factory.mktemp("decoder"))
     train(folder, "trained")
     return folder
 

@@ -64,7 +64,8 @@ def provenance(
         regenerate: make the files again from what they say and compare the bytes.
         decoder: the folder of the tiny decoder, where files name one that is not shipped.
     """
-    from diffboost.audit.provenance import audit_provenance, describe  # torch takes seconds
+    from diffboost.audit.provenance import audit_provenance  # torch takes seconds
+    from diffboost.audit.provenance_text import describe
 
     try:
         audits = audit_provenance(path, store_dir, generator_dir, backbone, regenerate, decoder)

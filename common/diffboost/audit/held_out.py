@@ -29,10 +29,9 @@ from diffboost.generation.synthesis import (
     VariantConditions,
     VariantPrepareBatch,
     load_generator,
-    variant_facts,
-    variant_settings,
     with_source_hashes,
 )
+from diffboost.generation.variant_facts import variant_facts, variant_settings
 from diffboost.generation.variant_store import VariantBatches, VariantWriter, write_manifest
 from diffboost.runs import move_into_place, refuse_other_run, resume_run
 

@@ -7,7 +7,7 @@ generator are compared with its facts where they are given; and the file is made
 import hashlib
 import io
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -283,26 +283,3 @@ def _compare_bytes(audit: FileAudit, data: bytes) -> None:
     if others:
         reason = f"which may be rounding: {'; '.join(others)}"
     audit.failures.append(f"made again, its pixels differ {most}; {reason}")
-
-
-def describe(audits: Sequence[FileAudit]) -> Iterator[str]:
-    """Lines that a person reads: a table of a single file's facts, else what all files share.
-
-    Args:
-        audits: of :func:`audit_provenance`.
-
-    Source: engineering choice.
-    """
-    told = [audit.facts for audit in audits if audit.facts is not None]
-    if told:
-        values = {name: sorted({facts[name] for facts in told}) for name in FACTS}
-        for name, found in values.items():
-            value = str(found[0]) if len(found) == 1 else f"{len(found)} values"
-            yield f"  {name:<20} {value}"
-    for audit in audits:
-        yield from (f"{audit.path}: {failure}" for failure in audit.failures)
-    for what in dict.fromkeys(what for audit in audits for what in audit.verified):
-        count = sum(what in audit.verified for audit in audits)
-        yield f"verified, {what}: {count} of {len(audits)}"
-    failed = sum(bool(audit.failures) for audit in audits)
-    yield f"{len(audits) - failed} of {len(audits)} files hold what they say"

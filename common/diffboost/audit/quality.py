@@ -242,11 +242,9 @@ def items_of(
             raise ValueError(
                 f"{image}: case {case}, slice {number} is none of the training slices of the fold"
             )
-        path = Path(synthetic_dir) / image
-        item = {**source, "image": str(path)}
-        if deformed:
-            item |= {key: str(path.parents[1] / f"{key}s" / path.name) for key in ("edge", "label")}
-        items.append(item)
+        name, root = Path(image).name, Path(synthetic_dir)
+        own = {key: str(root / f"{key}s" / name) for key in ("edge", "label") if deformed}
+        items.append({**source, **own, "image": str(root / image)})
     return items
 
 

@@ -13,8 +13,8 @@ from diffboost.generation.synthesis import (
     VariantConditions,
     VariantPrepareBatch,
     load_generator,
-    variant_settings,
 )
+from diffboost.generation.variant_facts import variant_settings
 
 
 def regenerate(
