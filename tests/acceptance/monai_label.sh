@@ -7,7 +7,9 @@
 # requirements. PORT (8123) is the server's. TMPDIR needs 10 GB while the environment is made.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-python=${PYTHON:-python3}
+unset PYTHONPATH # the server must do without this project's package
+python=$(command -v "${PYTHON:-python3}")
+case $python in /*) ;; *) python=$PWD/$python ;; esac # the folder and the PATH change below
 port=${PORT:-8123}
 work=$(mktemp -d)
 venv=${1:-$work/venv}

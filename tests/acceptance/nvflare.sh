@@ -3,6 +3,7 @@
 # The last line says PASS or FAIL, the exit code too.
 #   tests/acceptance/nvflare.sh [virtual environment]    # made there, or used if it is there
 set -u
+unset PYTHONPATH # pip would take what lies there for installed
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 environment=${1:-$work/environment}
