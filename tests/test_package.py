@@ -374,3 +374,14 @@ def test_metadata_names_all_that_the_configs_import(bundle):
     tops = {name.partition(".")[0] for name in seen} - set(sys.stdlib_module_names) - APART
     needed = {PYPI.get(name, name.replace("_", "-")) for name in tops}
     assert needed <= set(metadata["required_packages_version"])
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
+def test_every_bundle_names_only_what_its_release_has(bundle, tmp_path):
+    for folder in bundle.iterdir():
+        if folder.name != "models":
+            (tmp_path / folder.name).symlink_to(folder)
+    (tmp_path / "diffboost").symlink_to(REPOSITORY / "common" / "diffboost")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.pt").touch()
+    check_names(tmp_path)

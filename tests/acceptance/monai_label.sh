@@ -37,7 +37,7 @@ echo "1. the server's environment: $venv"
 if [ ! -x "$venv/bin/monailabel" ]; then
   python3 -m venv "$venv"
   "$venv/bin/pip" install -c "$root/docs/monai_label_constraints.txt" monailabel \
-    einops fire h5py matplotlib pandas pyarrow
+    einops fire h5py matplotlib pandas pyarrow safetensors
   "$venv/bin/pip" check
 fi
 export PATH="$venv/bin:$PATH" # the command monailabel takes the python that comes first

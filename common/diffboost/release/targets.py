@@ -12,8 +12,9 @@ from diffboost.data.documents import read_config
 from diffboost.release.contents import PACKAGE_DIR, WEIGHTS, config_files, strings
 
 PACKAGE = PACKAGE_DIR.name
-# Where a config's components may come from, beside the package: what metadata.json requires.
-LIBRARIES = ("monai", "torch", "ignite", "numpy")
+# Where components may come from, beside the package: what metadata.json requires, and functions
+# of Python's own operators.
+LIBRARIES = ("monai", "torch", "ignite", "numpy", "operator")
 BELOW_ROOT = re.compile(r"^\$@bundle_root \+ '/([^']+)'$")
 MADE = ("output_dir", "partial_dir", "cache_dir", "evaluation_dir")  # by a run
 INPUT_SUFFIXES = (".yaml", ".yml", ".json", ".pt", ".safetensors", ".csv", ".txt", ".parquet")
