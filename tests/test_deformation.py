@@ -1,6 +1,7 @@
 """Deformed anatomy: edges and label move together, and everything downstream knows the label."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,13 +15,14 @@ from torchrun import bundle_settings
 from diffboost.audit.consistency import measure_slice_consistency
 from diffboost.audit.provenance import audit_provenance
 from diffboost.audit.quality import items_of
+from diffboost.client_training import _with_variants
 from diffboost.conditions.edges import mask_edges
 from diffboost.data.images import read_levels
 from diffboost.data.slices import slice_items, write_label
 from diffboost.generation.deformation import deform_items, deform_slice
 from diffboost.generation.sampling import variant_noise
 from diffboost.segmentation.augmentations import augmentation
-from diffboost.segmentation.merging import PickVariantd
+from diffboost.segmentation.merging import PickVariantd, variants_by_slice
 from diffboost.segmentation.training import training_items
 
 
@@ -141,6 +143,17 @@ def test_a_segmenter_learns_a_variants_own_label(folder):
         labels = [torch.as_tensor(read_levels(p, "label"))[None] for p in item["variant_labels"]]
         if "mirror" not in arm:
             assert any(torch.equal(sample["label"], label) for label in labels)
+
+
+def test_a_clients_training_learns_them_too(folder):
+    items = list(slice_items(folder / "store", 0, "training"))
+    client = SimpleNamespace(
+        variants=lambda store_dir: variants_by_slice(folder / "deformed"),
+        synthetic_dir=str(folder / "deformed"),
+    )
+    found, arm, _ = _with_variants(items, client, folder / "store", "baseline")
+    assert arm == "diffboost"
+    assert found == list(items_of_arm(folder, "diffboost"))
 
 
 def test_merged_labels_are_those_of_their_patches(folder):

@@ -16,7 +16,7 @@ from diffboost.data.addresses import AddressedDataset
 from diffboost.data.slices import slice_items
 from diffboost.files import write_aside
 from diffboost.processes import is_main_process, wait_for_processes
-from diffboost.segmentation.training import are_volumes
+from diffboost.segmentation.training import are_volumes, with_labels
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _with_variants(
     arm = "diffboost" if arm == "baseline" else f"diffboost+{arm}"
     logger.info("arm %s: %d of %d slices have variants", arm, covered, len(items))
     items = [
-        {**item, "variants": variants.get(place, [item["image"]])}
+        {**item, **with_labels(variants.get(place, [item["image"]]))}
         for item, place in zip(items, places, strict=True)
     ]
     return items, arm, client.synthetic_dir

@@ -85,12 +85,18 @@ def training_items(
             f"synthetic_dir: {synthetic_dir} has no variant of {len(missing)} of "
             f"{len(items)} training slices of fold {fold}, e.g. {names}"
         )
-    items = [item | _with_labels(variants[_place(item)]) for item in items]
+    items = [item | with_labels(variants[_place(item)]) for item in items]
     return _without_rejected(items, arm, synthetic_dir)
 
 
-def _with_labels(variants: list[str]) -> dict:
-    """What an item says of its variants: their files, and those of labels that are their own."""
+def with_labels(variants: list[str]) -> dict:
+    """What an item says of its variants: their files, and those of labels that are their own.
+
+    Args:
+        variants: files of a slice's variants.
+
+    Source: engineering choice
+    """
     labels = own_labels(variants)
     return {"variants": variants} | ({} if labels is None else {"variant_labels": labels})
 
