@@ -86,7 +86,7 @@ def _try_compiler(device: torch.device) -> None:
     """Compiles a line of code, which tells a missing compiler before data is read."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=device))
-    except Exception as error:
+    except Exception as error:  # the compilers behind it raise what they like
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"compile: torch.compile does not work for {device} on this machine ({reason}); "

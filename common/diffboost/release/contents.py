@@ -118,11 +118,18 @@ def named_weights(release: Path) -> list[str]:
 
     Source: engineering choice.
     """
-    shipped = sorted(path.name for path in (PACKAGE_DIR / WEIGHTS).iterdir() if path.is_dir())
     texts = (path.read_text(encoding="utf-8") for path in config_files(release))
     plain = (re.sub(r"(^|\s)#.*", "", text) for text in texts)  # without comments
     words = {word for text in plain for word in re.findall(r"\w+", text)}
-    return [name for name in shipped if name in words]
+    return [name for name in shipped_weights() if name in words]
+
+
+def shipped_weights() -> list[str]:
+    """Names of the weights that this package has, in order.
+
+    Source: engineering choice.
+    """
+    return sorted(path.name for path in (PACKAGE_DIR / WEIGHTS).iterdir() if path.is_dir())
 
 
 def config_files(release: Path) -> list[Path]:

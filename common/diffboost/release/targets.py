@@ -9,7 +9,13 @@ from pathlib import Path
 from monai.bundle.config_item import ComponentLocator
 
 from diffboost.data.documents import read_config
-from diffboost.release.contents import PACKAGE_DIR, WEIGHTS, config_files, strings
+from diffboost.release.contents import (
+    PACKAGE_DIR,
+    WEIGHTS,
+    config_files,
+    shipped_weights,
+    strings,
+)
 
 PACKAGE = PACKAGE_DIR.name
 # Where components may come from, beside the package: what metadata.json requires, and functions
@@ -48,12 +54,11 @@ def _why_missing(release: Path, path: Path, key: str, text: str) -> str:
     """Why what a text names is not there; "" where it is, or names nothing."""
     if key == "_target_" and not text.startswith(("$", "@")):
         return _why_no_component(release, text)
-    if key == "task" and re.fullmatch(r"\w+", text) and _uses(release, text):
-        there = release / PACKAGE / "data" / "tasks" / f"{text}.yaml"
-        return "" if there.is_file() else f"is no task in {PACKAGE}/data/tasks"
-    if key == "backbone" or text in _shipped_weights():
-        if text in _shipped_weights() and not (release / PACKAGE / WEIGHTS / text).is_dir():
-            return f"is not in {PACKAGE}/{WEIGHTS}"
+    tasks = release / PACKAGE / "data" / "tasks"
+    if key == "task" and re.fullmatch(r"\w+", text) and tasks.is_dir():
+        return "" if (tasks / f"{text}.yaml").is_file() else f"is no task in {PACKAGE}/data/tasks"
+    if text in shipped_weights() and not (release / PACKAGE / WEIGHTS / text).is_dir():
+        return f"is not in {PACKAGE}/{WEIGHTS}"
     if text.startswith(("/", "~", "file:")) or re.match(r"[A-Za-z]:[\\/]", text):
         return "is a path of another machine"
     below = BELOW_ROOT.match(text)
@@ -62,16 +67,6 @@ def _why_missing(release: Path, path: Path, key: str, text: str) -> str:
     if text.endswith(INPUT_SUFFIXES) and re.fullmatch(r"[\w./-]+/[\w.-]+", text):
         return "" if (release / text).is_file() else "is not in the release"
     return ""
-
-
-def _uses(release: Path, task: str) -> bool:
-    """Whether a release has tasks at all."""
-    return (release / PACKAGE / "data" / "tasks").is_dir()
-
-
-def _shipped_weights() -> tuple[str, ...]:
-    """Names of the weights that this package has."""
-    return tuple(p.name for p in (PACKAGE_DIR / WEIGHTS).iterdir() if p.is_dir())
 
 
 def _why_no_component(release: Path, target: str) -> str:
