@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence, Sized
 
 import numpy as np
 from monai.data import CacheDataset
-from monai.transforms import Compose
+from monai.transforms import Compose, Randomizable, Transform
 from torch.utils.data import Sampler
 
 from diffboost.processes import process_rank_and_count
@@ -24,6 +24,26 @@ def address_seed(*parts: int | str) -> int:
     """
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def share_state(transform: Transform, state: np.random.RandomState) -> None:
+    """All random members of a transform draw from one state, which one seed sets for all of them.
+
+    MONAI gives each member a state of its own for each seed; making one takes a quarter of a
+    millisecond, a tenth of a segmenter's training step in all.
+
+    Args:
+        transform: one transform, or a Compose of them, at any depth.
+        state: what they draw from, in the order in which they act.
+
+    Source: engineering choice
+    """
+    if isinstance(transform, Compose):
+        transform.R = state  # its set_random_state would seed the members first
+        for member in transform.transforms:
+            share_state(member, state)
+    elif isinstance(transform, Randomizable):
+        transform.set_random_state(state=state)
 
 
 class AddressedDataset(CacheDataset):
@@ -58,11 +78,13 @@ class AddressedDataset(CacheDataset):
         super().__init__(
             data=data, transform=transform, cache_rate=1.0 if cache else 0.0, num_workers=1
         )
+        self.state = np.random.RandomState(0)
 
     def __getitem__(self, address: int | tuple[int, int]) -> dict:
         """The sample at ``(epoch, index)``; a bare index means epoch 0."""
         epoch, index = address if isinstance(address, tuple) else (0, address)
-        self.transform.set_random_state(seed=address_seed(self.seed, epoch, index))
+        self.state.seed(address_seed(self.seed, epoch, index))
+        share_state(self.transform, self.state)  # each time: MONAI's loaders set states of their own
         return super().__getitem__(index)
 
 

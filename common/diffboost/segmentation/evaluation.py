@@ -32,8 +32,9 @@ class CaseDice(Metric):
     """Mean over cases and foreground classes of the Dice of a whole case, gathered from its slices.
 
     Slice Dice would ignore or overrate empty slices; here the pixels of a case are counted first.
-    Both empty counts as 1, as in ``case_metrics``. Reads ``pred`` and ``label``, class index
-    (B, 1, H, W) or lists of (1, ...), and the batch's ``case``; without ``case`` every item is one.
+    Both empty counts as 1, as in ``case_metrics``. Reads ``pred``, logits (B, classes, H, W) or
+    class index (B, 1, H, W), ``label``, class index, or lists of their items, and the batch's
+    ``case``; without ``case`` every item is one.
     Processes that share the slices of a case count its pixels together.
 
     Args:
@@ -78,6 +79,7 @@ class CaseDice(Metric):
     def update(self, output: tuple[str | None, torch.Tensor, torch.Tensor]) -> None:
         """Adds one slice or volume: its case (None: a case of its own), prediction and label."""
         name, pred, label = output
+        pred = pred.max(dim=0).indices if len(pred) > 1 else pred  # argmax takes ten times as long
         name = (process_rank_and_count()[0], len(self.counts)) if name is None else name
         joint = self.num_classes * label.flatten().long() + pred.flatten().long()
         matrix = torch.bincount(joint, minlength=self.num_classes**2).cpu()
