@@ -8,7 +8,7 @@ from monai.networks.nets import AttentionUnet
 from torch import nn
 
 from diffboost.handlers import save_weights
-from diffboost.segmentation.layout import lay_out
+from diffboost.segmentation.layout import LaidOutInstanceNorm, LaidOutPReLU, lay_out
 
 
 @pytest.fixture
@@ -69,3 +69,48 @@ def test_the_file_does_not_depend_on_the_layout(network, tmp_path):
     state = torch.load(tmp_path / "laid_out.pt", weights_only=True)
     assert all(value.is_contiguous() for value in state.values())
     assert (tmp_path / "plain.pt").read_bytes() == (tmp_path / "laid_out.pt").read_bytes()
+
+
+LAYERS = {
+    "norm": nn.InstanceNorm2d(5),
+    "affine norm": nn.InstanceNorm2d(5, eps=1e-3, affine=True),
+    "prelu": nn.PReLU(),
+    "prelu below zero": nn.PReLU(init=-0.3),
+}
+
+
+def forth_and_back(layer: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients of input and weights."""
+    image = image.clone().requires_grad_()
+    output = layer(image)
+    weights = torch.linspace(-1, 2, output.numel()).reshape(output.shape)
+    return [output, *torch.autograd.grad((output * weights).sum(), [image, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_laid_out_layers_give_what_torchs_give(name, memory_format):
+    image = torch.randn(3, 5, 7, 4, generator=torch.Generator().manual_seed(0)) * 4 + 3
+    image[0, 0, 0] = 0.0
+    image = image.contiguous(memory_format=memory_format)
+    laid_out = lay_out(nn.Sequential(copy.deepcopy(LAYERS[name])), channels_last=True)[0]
+    assert type(laid_out) in (LaidOutInstanceNorm, LaidOutPReLU)
+    found, expected = forth_and_back(laid_out, image), forth_and_back(LAYERS[name], image)
+    for value, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-5)
+    assert found[0].is_contiguous(memory_format=memory_format)
+
+
+def test_statistics_of_a_norm_are_float32_under_autocast():
+    image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 20
+    layer = lay_out(nn.Sequential(nn.InstanceNorm2d(3)), channels_last=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = layer(image)
+    assert normed.dtype == torch.float32
+    torch.testing.assert_close(normed, nn.InstanceNorm2d(3)(image), atol=1e-4, rtol=1e-4)
+
+
+def test_layers_with_statistics_or_several_weights_stay_torchs():
+    network = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.PReLU(3))
+    kinds = [type(layer) for layer in lay_out(network, channels_last=True)]
+    assert kinds == [nn.InstanceNorm2d, nn.PReLU]
