@@ -84,9 +84,7 @@ class AddressedDataset(CacheDataset):
         """The sample at ``(epoch, index)``; a bare index means epoch 0."""
         epoch, index = address if isinstance(address, tuple) else (0, address)
         self.state.seed(address_seed(self.seed, epoch, index))
-        share_state(
-            self.transform, self.state
-        )  # each time: loaders set others
+        share_state(self.transform, self.state)  # each time: loaders set others
         return super().__getitem__(index)
 
 
