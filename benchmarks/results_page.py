@@ -3,15 +3,17 @@
     python benchmarks/results_page.py [--runs RUNS_DIR] [--output_dir docs/results]
 
 With --runs, every study real_* of RUNS_DIR gives its metrics (`data/STUDY.csv.gz`, without times),
-the seconds of its stages (`data/STUDY.costs.csv`) and its best Dice on inner validation
-(`data/inner_validation.csv`), which chooses the classical arm that all are compared with. The page
-is then written from what lies in data/ alone, so that it can be made again without the runs. A
-study, trial or table that is not there is said to be not run. Rules: docs/results/protocol.md.
+the seconds of its stages (`data/STUDY.costs.csv`), the CPU seconds of a training of each arm
+(`data/training_seconds.csv`) and its best Dice on inner validation (`data/inner_validation.csv`),
+which chooses the classical arm that all are compared with. The page is then written from what lies
+in data/ alone, so that it can be made again without the runs. A study, trial or table that is not
+there is said to be not run. Rules: docs/results/protocol.md.
 """
 
 import argparse
 import gzip
 import logging
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -47,7 +49,7 @@ logger = logging.getLogger("results_page")
 def collect(runs_dir: Path, data_dir: Path) -> None:
     """Copies metrics and costs of the studies that have been evaluated, whole or in part."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    chosen = []
+    chosen, seconds = [], []
     for name in (*STUDIES, DEVELOPMENT):
         try:
             metrics = results.read_metrics(runs_dir / name)
@@ -61,9 +63,24 @@ def collect(runs_dir: Path, data_dir: Path) -> None:
         log = results.read_training_logs(runs_dir / name)[1]
         best = log.groupby(["arm", "fold", "seed"]).val_dice.max().groupby("arm", sort=False).mean()
         chosen.append(best.reset_index().assign(study=name))
+        seconds.append(training_seconds(runs_dir / name).reset_index().assign(study=name))
         logger.info("%s: %d rows", name, len(metrics))
     if chosen:
         pd.concat(chosen).round(4).to_csv(data_dir / "inner_validation.csv", index=False)
+        pd.concat(seconds).round(1).to_csv(data_dir / "training_seconds.csv", index=False)
+
+
+def training_seconds(run_dir: Path) -> pd.DataFrame:
+    """Mean CPU seconds of a segmenter's training by arm, from the end of the stages' logs.
+
+    Wall-clock is not compared: other work on the machine changes it.
+    """
+    rows = []
+    for path in sorted((run_dir / "logs").glob("train_segmentation.fold*.seed*.log")):
+        found = re.search(r"^warm process: .* s, (\S+) s of CPU", path.read_text()[-300:], re.M)
+        if found:
+            rows.append({"arm": path.name.split(".")[2], "cpu_seconds": float(found[1])})
+    return pd.DataFrame(rows, columns=["arm", "cpu_seconds"]).groupby("arm").mean()
 
 
 def read(data_dir: Path, name: str) -> pd.DataFrame | None:
@@ -177,6 +194,9 @@ def write_page(output_dir: Path) -> None:
             figures[organ] = f"curve_{organ}.svg"
     development = read(data_dir, DEVELOPMENT)
     small = {path.stem: pd.read_csv(path) for path in sorted(data_dir.glob("*.csv"))}
+    seconds = {}
+    if "training_seconds" in small:
+        seconds = small["training_seconds"].set_index(["study", "arm"]).cpu_seconds.to_dict()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -186,7 +206,8 @@ def write_page(output_dir: Path) -> None:
         levers=None if development is None else levers(development),
         development=None if development is None else table(
             development[development.knob == ""], "baseline"),
-        small=small, reference=reference, metric_names=METRIC_NAMES, lower=LOWER_IS_BETTER,
+        small=small, seconds=seconds, reference=reference, metric_names=METRIC_NAMES,
+        lower=LOWER_IS_BETTER,
     )  # fmt: skip
     (output_dir / "index.md").write_text(text, encoding="utf-8")
 
