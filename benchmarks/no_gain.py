@@ -5,7 +5,7 @@
 RUN_DIR is a study with a store (its knobs are kept, its generator is not used). Each trial trains
 arm baseline and arm diffboost with seeds of its own, the second on a synthetic store whose variants
 are the slices themselves, and says by the rule of the report whether a gain is shown. What is done
-is not done again. The last line is JSON; it fails where more than one trial in 20 shows a gain.
+is not done again. --csv FILE gets a row a trial. The last line is JSON; it fails where more than one trial in 20 shows a gain.
 """
 
 import argparse
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3, help="segmenters an arm, fold and trial")
     parser.add_argument("--jobs", type=int, default=2, help="segmenters trained side by side")
+    parser.add_argument("--csv", type=Path, help="a row a trial")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output_dir = options.output_dir or Path(f"{options.run_dir}.no_gain")
@@ -96,6 +97,8 @@ def main() -> None:
             list(pool.map(lambda place: comparison.segment(*place), places))
             rows.append(judge(comparison, list(seeds)))
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
+    if options.csv:
+        pd.DataFrame(rows).drop(columns=["ci95"]).round(4).to_csv(options.csv, index=False)
     shown = sum(row["verdict"] == "gain shown" for row in rows)
     line = {"name": "no_gain", "ours": shown, "peer": len(rows), "ratio": shown / len(rows)}
     line |= {"unit": "trials with a gain shown", "limit": FALSE_ALARMS}

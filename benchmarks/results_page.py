@@ -22,6 +22,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from diffboost import results
+from diffboost.data.documents import read_json
 from diffboost.exhibits import METRIC_NAMES, in_order
 from diffboost.figures import STYLE, arm_colors
 from diffboost.plans import uses_variants
@@ -65,9 +66,26 @@ def collect(runs_dir: Path, data_dir: Path) -> None:
         chosen.append(best.reset_index().assign(study=name))
         seconds.append(training_seconds(runs_dir / name).reset_index().assign(study=name))
         logger.info("%s: %d rows", name, len(metrics))
+    consistency = slice_consistency(runs_dir)
+    if len(consistency):
+        consistency.to_csv(data_dir / "slice_consistency.csv", index=False)
     if chosen:
         pd.concat(chosen).round(4).to_csv(data_dir / "inner_validation.csv", index=False)
         pd.concat(seconds).round(1).to_csv(data_dir / "training_seconds.csv", index=False)
+
+
+def slice_consistency(runs_dir: Path) -> pd.DataFrame:
+    """How far neighboring slices of variants differ, a row a study and way of drawing noise."""
+    rows = []
+    for path in sorted(runs_dir.glob("*/**/fold*/synthetic_store/slice_consistency.json")):
+        study, *setting = path.relative_to(runs_dir).parts[:-3]
+        figures = read_json(path, "slice consistency", nan=True)
+        noise = setting[-1].removeprefix("noise_address=") if setting else "case"
+        if noise in ("case", "variant", "volume"):
+            rows.append({"study": study, "noise": noise} | figures)
+    table = pd.DataFrame(rows, columns=["study", "noise", "variants", "real", "ratio", "pairs"])
+    means = {"variants": "mean", "real": "mean", "ratio": "mean", "pairs": "sum"}
+    return table.groupby(["study", "noise"], as_index=False).agg(means).round(4)
 
 
 def training_seconds(run_dir: Path) -> pd.DataFrame:
