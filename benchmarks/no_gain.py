@@ -5,7 +5,8 @@
 RUN_DIR is a study with a store (its knobs are kept, its generator is not used). Each trial trains
 arm baseline and arm diffboost with seeds of its own, the second on a synthetic store whose variants
 are the slices themselves, and says by the rule of the report whether a gain is shown. What is done
-is not done again. --csv FILE gets a row a trial. The last line is JSON; it fails where more than one trial in 20 shows a gain.
+is not done again. --csv FILE gets a row a trial. The last line is JSON; it fails where more than
+one trial in 20 shows a gain.
 """
 
 import argparse
