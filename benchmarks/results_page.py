@@ -6,8 +6,9 @@ With --runs, every study real_* of RUNS_DIR gives its metrics (`data/STUDY.csv.g
 the seconds of its stages (`data/STUDY.costs.csv`), the CPU seconds of a training of each arm
 (`data/training_seconds.csv`) and its best Dice on inner validation (`data/inner_validation.csv`),
 which chooses the classical arm that all are compared with. The page is then written from what lies
-in data/ alone, so that it can be made again without the runs. A study, trial or table that is not
-there is said to be not run. Rules: docs/results/protocol.md.
+in data/ alone, so that it can be made again without the runs, and from reading.md, which says what
+the figures mean and is written by hand. A study, trial or table that is not there is said to be not
+run. Rules: docs/results/protocol.md.
 """
 
 import argparse
@@ -42,6 +43,7 @@ CURVES = {
     "hippocampus": ("real_hippocampus_5", "real_hippocampus_10", "real_hippocampus_20"),
 }
 DEVELOPMENT = "real_breast_dev"
+JOINED = "real_breast_joined"  # what helped there, together
 STUDIES = (*CURVES["breast"], *CURVES["hippocampus"])
 
 logger = logging.getLogger("results_page")
@@ -51,7 +53,7 @@ def collect(runs_dir: Path, data_dir: Path) -> None:
     """Copies metrics and costs of the studies that have been evaluated, whole or in part."""
     data_dir.mkdir(parents=True, exist_ok=True)
     chosen, seconds = [], []
-    for name in (*STUDIES, DEVELOPMENT):
+    for name in (*STUDIES, DEVELOPMENT, JOINED):
         try:
             metrics = results.read_metrics(runs_dir / name)
         except FileNotFoundError:
@@ -210,7 +212,8 @@ def write_page(output_dir: Path) -> None:
             sizes = {name: name.rpartition("_")[2] for name in names}
             draw_curves(present, output_dir / f"curve_{organ}.svg", sizes)
             figures[organ] = f"curve_{organ}.svg"
-    development = read(data_dir, DEVELOPMENT)
+    development, joined = (read(data_dir, name) for name in (DEVELOPMENT, JOINED))
+    reading = output_dir / "reading.md"
     small = {path.stem: pd.read_csv(path) for path in sorted(data_dir.glob("*.csv"))}
     seconds = {}
     if "training_seconds" in small:
@@ -224,6 +227,8 @@ def write_page(output_dir: Path) -> None:
         levers=None if development is None else levers(development),
         development=None if development is None else table(
             development[development.knob == ""], "baseline"),
+        joined=None if joined is None else table(joined, "mirror"),
+        reading=reading.read_text(encoding="utf-8") if reading.is_file() else "",
         small=small, seconds=seconds, reference=reference, metric_names=METRIC_NAMES,
         lower=LOWER_IS_BETTER,
     )  # fmt: skip
