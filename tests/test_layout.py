@@ -114,3 +114,14 @@ def test_layers_with_statistics_or_several_weights_stay_torchs():
     network = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.PReLU(3))
     kinds = [type(layer) for layer in lay_out(network, channels_last=True)]
     assert kinds == [nn.InstanceNorm2d, nn.PReLU]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(inplace=True), nn.LeakyReLU(inplace=True)])
+def test_what_follows_a_norm_may_write_into_its_output(activation):
+    image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = nn.Sequential(nn.InstanceNorm2d(3), activation)
+    laid_out = lay_out(copy.deepcopy(plain), channels_last=True)
+    for value, wanted in zip(
+        forth_and_back(laid_out, image), forth_and_back(plain, image), strict=True
+    ):
+        torch.testing.assert_close(value, wanted, atol=1e-4, rtol=1e-5)

@@ -9,25 +9,29 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class _InstanceNorm(Function):
-    """(x - mean) / sqrt(variance + eps) over the pixels of a channel, in (B, H, W, C)."""
+    """(x - mean) / sqrt(variance + eps) over the middle axis of (B, HW, C).
+
+    The output is not kept for the way back: what follows may write into it.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, eps: float) -> torch.Tensor:
-        values, share = _pixels(x)
-        normed = values - torch.bmm(share, values)
+        share = _share(x)
+        mean = torch.bmm(share, x)
+        normed = x - mean
         scale = torch.rsqrt(torch.bmm(share, normed * normed) + eps)
-        normed *= scale
-        ctx.save_for_backward(normed, scale)
-        return _image(normed, x.shape)
+        ctx.save_for_backward(x, mean, scale)
+        return normed.mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        normed, scale = ctx.saved_tensors
-        values, share = _pixels(grad)
-        along = torch.bmm(share, values * normed)
-        values = torch.addcmul(values - torch.bmm(share, values), normed, along, value=-1)
-        return _image(values.mul_(scale), grad.shape), None
+        x, mean, scale = ctx.saved_tensors
+        share = _share(grad)
+        normed = (x - mean).mul_(scale)
+        along = torch.bmm(share, grad * normed)
+        grad = torch.addcmul(grad - torch.bmm(share, grad), normed, along, value=-1)
+        return grad.mul_(scale), None
 
 
 class _PReLU(Function):
@@ -43,22 +47,20 @@ class _PReLU(Function):
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, weight = ctx.saved_tensors
         below = x.clamp_max(0)
-        slope = torch.dot(_pixels(grad)[0].reshape(-1), _pixels(below)[0].reshape(-1))
+        slope = torch.dot(_pixels(grad).flatten(), _pixels(below).flatten())
         below = torch.ops.aten.leaky_relu_backward(grad, x, weight.item(), False)
         return below, slope.reshape(1)
 
 
-def _pixels(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, C, H, W) as (B, HW, C), and the (B, 1, HW) whose product with that is its mean."""
-    batch, channels, height, width = image.shape
-    values = image.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-    return values, values.new_full((batch, 1, height * width), 1 / (height * width))
+def _share(values: torch.Tensor) -> torch.Tensor:
+    """The (B, 1, HW) whose product with (B, HW, C) is the mean over the pixels."""
+    batch, count, _ = values.shape
+    return values.new_full((batch, 1, count), 1 / count)
 
 
-def _image(values: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """(B, HW, C) as (B, C, H, W)."""
-    batch, channels, height, width = shape
-    return values.view(batch, height, width, channels).permute(0, 3, 1, 2)
+def _pixels(image: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) as (B, HW, C), in the memory as it is."""
+    return image.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class LaidOutInstanceNorm(nn.InstanceNorm2d):
@@ -75,7 +77,8 @@ class LaidOutInstanceNorm(nn.InstanceNorm2d):
         if input.device.type != "cpu":
             return group_norm(input, self.num_features, self.weight, self.bias, self.eps)
         with torch.autocast("cpu", enabled=False):
-            normed = _InstanceNorm.apply(input.float(), self.eps)
+            normed = _InstanceNorm.apply(_pixels(input.float()), self.eps)
+        normed = normed.unflatten(1, input.shape[2:]).permute(0, 3, 1, 2)
         if self.weight is None:
             return normed
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
