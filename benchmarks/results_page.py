@@ -6,9 +6,9 @@ With --runs, every study real_* of RUNS_DIR gives its metrics (`data/STUDY.csv.g
 the seconds of its stages (`data/STUDY.costs.csv`), the CPU seconds of a training of each arm
 (`data/training_seconds.csv`) and its best Dice on inner validation (`data/inner_validation.csv`),
 which chooses the classical arm that all are compared with. The page is then written from what lies
-in data/ alone, so that it can be made again without the runs, and from reading.md, which says what
-the figures mean and is written by hand. A study, trial or table that is not there is said to be not
-run. Rules: docs/results/protocol.md.
+in data/ alone, so that it can be made again without the runs, and from results_reading.md beside
+this file, which says what the figures mean and is written by hand. A study, trial or table that is
+not there is said to be not run. Rules: docs/results/protocol.md.
 """
 
 import argparse
@@ -213,7 +213,7 @@ def write_page(output_dir: Path) -> None:
             draw_curves(present, output_dir / f"curve_{organ}.svg", sizes)
             figures[organ] = f"curve_{organ}.svg"
     development, joined = (read(data_dir, name) for name in (DEVELOPMENT, JOINED))
-    reading = output_dir / "reading.md"
+    reading = Path(__file__).with_name("results_reading.md")
     small = {path.stem: pd.read_csv(path) for path in sorted(data_dir.glob("*.csv"))}
     seconds = {}
     if "training_seconds" in small:
@@ -228,7 +228,7 @@ def write_page(output_dir: Path) -> None:
         development=None if development is None else table(
             development[development.knob == ""], "baseline"),
         joined=None if joined is None else table(joined, "mirror"),
-        reading=reading.read_text(encoding="utf-8") if reading.is_file() else "",
+        reading=reading.read_text(encoding="utf-8"),
         small=small, seconds=seconds, reference=reference, metric_names=METRIC_NAMES,
         lower=LOWER_IS_BETTER,
     )  # fmt: skip
