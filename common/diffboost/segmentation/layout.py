@@ -48,8 +48,8 @@ class _PReLU(Function):
         x, weight = ctx.saved_tensors
         below = x.clamp_max(0)
         slope = torch.dot(_pixels(grad).flatten(), _pixels(below).flatten())
-        below = torch.ops.aten.leaky_relu_backward(grad, x, weight.item(), False)
-        return below, slope.reshape(1)
+        grad = torch.ops.aten.leaky_relu_backward(grad, x, weight.item(), False)
+        return grad, slope.reshape(1)
 
 
 def _share(values: torch.Tensor) -> torch.Tensor:
@@ -91,8 +91,8 @@ class LaidOutPReLU(nn.PReLU):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """The input (B, C, H, W), times the weight where it is below zero."""
-        if input.device.type != "cpu":
+        """The input (B, C, …), times the weight where it is below zero."""
+        if input.device.type != "cpu" or input.ndim != 4:
             return super().forward(input)
         return _PReLU.apply(input, self.weight.to(input.dtype))
 
