@@ -273,7 +273,9 @@ def test_a_generator_trains_is_killed_and_goes_on_and_its_variants_are_verified(
     team = teams["conditioned"]
     whole = finetune(team, store, "whole")
     log = pd.read_csv(whole / "training_log.csv")
-    assert log.train_loss.tolist() == pytest.approx([1.3, 1.3], abs=0.1)  # little is learned so soon
+    assert log.train_loss.tolist() == pytest.approx(
+        [1.3, 1.3], abs=0.1
+    )  # little is learned so soon
     process = multiprocessing.get_context("fork").Process(
         target=kill_in_training, args=(team, store, "killed")
     )
