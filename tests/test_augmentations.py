@@ -48,7 +48,7 @@ def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
 @pytest.mark.parametrize("arm", ACTING)
 def test_the_arm_acts_and_the_label_stays_true(tmp_path, arm):
     plain = make_dataset(tmp_path, "baseline")[0]
-    dataset = make_dataset(tmp_path, arm)
+    dataset = make_dataset(tmp_path, arm, seed=1)
     samples = [dataset[(epoch, 0)] for epoch in range(40)]
     changed = [not torch.equal(sample["image"], plain["image"]) for sample in samples]
     assert sum(changed) >= 12
@@ -60,7 +60,7 @@ def test_the_arm_acts_and_the_label_stays_true(tmp_path, arm):
             assert torch.equal(sample["label"], plain["label"])
         image = sample["image"]
         bright = image > 0.75 * image.min() + 0.25 * image.max()  # between classes 0 and 1
-        assert overlap(bright, sample["label"] > 0) > 0.88
+        assert overlap(bright, sample["label"] > 0) > 0.9
     if arm in SPATIAL:
         assert any(not torch.equal(sample["label"], plain["label"]) for sample in samples)
 
@@ -298,7 +298,7 @@ def test_draws_come_from_the_address(tmp_path, arm):
     for key in set(first[(3, 1)]) - {"case"}:
         assert torch.equal(first[(3, 1)][key], second[(3, 1)][key])
     images = [first[(epoch, 1)]["image"] for epoch in range(12)]
-    other = make_dataset(tmp_path, arm, seed=1)
+    other = make_dataset(tmp_path, arm)
     if arm != "diffboost":
         assert any(not torch.equal(images[0], image) for image in images[1:])
         again = [other[(epoch, 1)]["image"] for epoch in range(12)]

@@ -240,7 +240,7 @@ def finetune(team: Team, store: Path, name: str, **knobs) -> Path:
     """A generator after two epochs."""
     settings = {"store_dir": str(store), "backbone": team.backbone, "image_size": 32, "epochs": 2}
     settings |= {"output_dir": str(team.folder / name), "batch_size": 4, "num_copies": 2}
-    settings |= {"device": "cpu", "checkpoint_interval": 2}
+    settings |= {"device": "cpu", "checkpoint_interval": 2, "seed": 1}
     run(**bundle_settings("task_finetune", ["train"], settings | knobs))
     return team.folder / name
 
@@ -273,9 +273,7 @@ def test_a_generator_trains_is_killed_and_goes_on_and_its_variants_are_verified(
     team = teams["conditioned"]
     whole = finetune(team, store, "whole")
     log = pd.read_csv(whole / "training_log.csv")
-    assert log.train_loss.tolist() == pytest.approx(
-        [1.3, 1.3], abs=0.1
-    )  # little is learned so soon
+    assert len(log) == 2 and log.train_loss.iloc[1] < log.train_loss.iloc[0]
     process = multiprocessing.get_context("fork").Process(
         target=kill_in_training, args=(team, store, "killed")
     )
