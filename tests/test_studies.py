@@ -95,6 +95,14 @@ def test_an_arm_may_train_epochs_of_its_own():
     assert plans.segmentation_knobs(study, BASE, "diffboost")["epochs"] == 6
 
 
+def test_folds_share_the_cores_but_not_a_gpu():
+    three = replace(STUDY, folds=(0, 1, 2))
+    assert [plans.fold_cores(three, cores, gpu=False) for cores in (1, 2, 8)] == [1, 1, 2]
+    assert plans.fold_cores(replace(STUDY, folds=(0,)), 2, gpu=False) == 2
+    assert plans.fold_cores(three, 8, gpu=True) == 8
+    assert plans.fold_cores(replace(three, scale="sd15"), 8, gpu=False) == 8
+
+
 def test_another_knob_of_synthesis_has_a_store_of_its_own_at_the_ratio_of_the_base():
     strong = Setting("synthesis", "guidance_scale", 3.0)
     assert plans.synthetic_dir(strong, 1) == "ablation/guidance_scale=3.0/fold1/synthetic_store"

@@ -154,7 +154,7 @@ rule finetune:
         "logs/finetune.fold{fold}.log",
     benchmark:
         "benchmarks/finetune.fold{fold}.tsv"
-    threads: ALL_CORES
+    threads: FOLD_CORES
     priority: 1  # most trainings wait for it; at the end, one long one would be left alone
     message:
         "finetune the generator on fold {wildcards.fold}"
@@ -176,7 +176,7 @@ rule synthesize:
         "logs/{setting}synthesize.fold{fold}.log",
     benchmark:
         "benchmarks/{setting}synthesize.fold{fold}.tsv"
-    threads: ALL_CORES
+    threads: FOLD_CORES
     priority: 1  # most trainings wait for it; at the end, one long one would be left alone
     message:
         "synthesize variants for {wildcards.setting}fold {wildcards.fold}"
