@@ -14,7 +14,6 @@ not there is said to be not run. Rules: docs/results/protocol.md.
 import argparse
 import gzip
 import logging
-import re
 from pathlib import Path
 
 import pandas as pd
@@ -97,9 +96,9 @@ def training_seconds(run_dir: Path) -> pd.DataFrame:
     """
     rows = []
     for path in sorted((run_dir / "logs").glob("train_segmentation.fold*.seed*.log")):
-        found = re.search(r"^warm process: .* s, (\S+) s of CPU", path.read_text()[-300:], re.M)
+        found = results.warm_cost(path)
         if found:
-            rows.append({"arm": path.name.split(".")[2], "cpu_seconds": float(found[1])})
+            rows.append({"arm": path.name.split(".")[2], "cpu_seconds": found["cpu_seconds"]})
     return pd.DataFrame(rows, columns=["arm", "cpu_seconds"]).groupby("arm").mean()
 
 

@@ -132,7 +132,8 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
     for path in sorted((run_dir / "benchmarks").rglob("*.tsv")):
         table = read_csv(path, "benchmarks", ["s", "max_rss"], sep="\t", na_values="-")
         log = run_dir / "logs" / path.relative_to(run_dir / "benchmarks").with_suffix(".log")
-        rss = _warm_memory(log) or table["max_rss"].iloc[-1]
+        warm = warm_cost(log)
+        rss = warm["memory_mib"] if warm else table["max_rss"].iloc[-1]
         stage = path.name.split(".")[0]
         rows.append({"stage": stage, "seconds": table["s"].iloc[-1], "rss": rss})
     costs = pd.DataFrame(rows, columns=["stage", "seconds", "rss"]).groupby("stage")
@@ -142,15 +143,21 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
     return costs.reindex([stage for stage in STAGES if stage in costs.index])
 
 
-def _warm_memory(log: Path) -> float | None:
-    """Peak memory in MiB that the log of a warm stage ends with; None of another."""
+def warm_cost(log: Path) -> dict[str, float] | None:
+    """What a warm stage took, from the line that its log ends with; None of another stage.
+
+    Returns:
+        cpu_seconds; memory_mib at its peak.
+
+    Source: engineering choice
+    """
     if not log.is_file():
         return None
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 200))
-        end = file.read().decode(errors="replace")
-    found = re.search(r"^warm process: .* (\d+) MiB at most$", end.rstrip("\n"), re.M)
-    return float(found[1]) if found else None
+        end = file.read().decode(errors="replace").rstrip("\n")
+    found = re.search(r"^warm process: .* s, (\S+) s of CPU, (\d+) MiB at most$", end, re.M)
+    return {"cpu_seconds": float(found[1]), "memory_mib": float(found[2])} if found else None
 
 
 def read_edge_agreement(run_dir: Path) -> dict | None:
