@@ -41,6 +41,7 @@ CURVES = {
     "breast": ("real_breast_20", "real_breast_40", "real_breast_80", PRIMARY),
     "hippocampus": ("real_hippocampus_5", "real_hippocampus_10", "real_hippocampus_20"),
 }
+MORE_CASES = ("real_hippocampus_10", "real_hippocampus_20")
 DEVELOPMENT = "real_breast_dev"
 JOINED = "real_breast_joined"  # what helped there, together
 STUDIES = (*CURVES["breast"], *CURVES["hippocampus"])
@@ -154,6 +155,27 @@ def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
     return rows
 
 
+def over_more_cases(few: pd.DataFrame, many: pd.DataFrame) -> dict:
+    """How far each arm with few labelled cases lies from each arm without variants with many.
+
+    Args:
+        few: metrics of a study, its base alone.
+        many: of one with the same folds and more labelled cases.
+
+    Returns:
+        means, {arm of `many`: Dice}; rows, for each arm of `few` its arm, dice and gains, {arm of
+        `many`: paired difference}.
+    """
+    values, others = case_values(few), case_values(many)
+    plain = [arm for arm in many.arm.unique() if not uses_variants(arm)]
+    rows = []
+    for arm in few.arm.unique():
+        own = values.loc[arm, "dice"]
+        gains = {other: paired_difference(own, others.loc[other, "dice"]) for other in plain}
+        rows.append({"arm": arm, "dice": float(own.mean()), "gains": gains})
+    return {"means": {arm: float(others.loc[arm, "dice"].mean()) for arm in plain}, "rows": rows}
+
+
 def levers(metrics: pd.DataFrame) -> list[dict]:
     """A row a knob and value of the development study: gain of diffboost over the base's value."""
     rows = []
@@ -226,6 +248,8 @@ def write_page(output_dir: Path) -> None:
         levers=None if development is None else levers(development),
         development=None if development is None else table(
             development[development.knob == ""], "baseline"),
+        more_cases=over_more_cases(*(studies[name] for name in MORE_CASES))
+        if set(MORE_CASES) <= set(studies) else None,
         joined=None if joined is None else table(joined, "mirror"),
         reading=reading.read_text(encoding="utf-8"),
         small=small, seconds=seconds, reference=reference, metric_names=METRIC_NAMES,
