@@ -29,10 +29,9 @@ from diffboost.plans import uses_variants
 from diffboost.statistics import (
     LOWER_IS_BETTER,
     case_values,
-    describe,
-    holm,
     mean_interval,
     paired_difference,
+    summarize,
     verdict,
 )
 
@@ -131,24 +130,18 @@ def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
         arm; n (cases); runs (folds x seeds); metrics, {name: (mean, low, high)}; gain, None of
         the reference itself.
     """
-    values = case_values(metrics)
-    gains = {
-        arm: paired_difference(values.loc[arm, "dice"], values.loc[reference, "dice"])
-        for arm in metrics.arm.unique()
-        if arm != reference
-    }
-    adjusted = holm({arm: gain["p"] for arm, gain in gains.items()})
+    arms = list(metrics.arm.unique())
+    values, differences = case_values(metrics), summarize(metrics, arms, reference)[1]
     rows = []
-    for arm in metrics.arm.unique():
+    for arm in arms:
         shown = {
-            name: (describe(values.loc[arm, name])["mean"], *mean_interval(
+            name: (values.loc[arm, name].mean(), *mean_interval(
                 values.loc[arm, name].dropna().to_numpy()))
             for name in METRIC_NAMES
         }  # fmt: skip
-        gain = gains.get(arm)
-        if gain is not None:
-            gain = gain | {"p_holm": adjusted[arm]}
-            gain["verdict"] = verdict(gain)
+        gain = None
+        if arm != reference:
+            gain = differences[arm]["dice"] | {"verdict": verdict(differences[arm]["dice"])}
         trained = metrics[metrics.arm == arm][["fold", "seed"]].drop_duplicates()
         row = {"arm": arm, "metrics": shown, "gain": gain, "runs": len(trained)}
         rows.append(row | {"n": int(values.loc[arm, "dice"].notna().sum())})

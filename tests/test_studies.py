@@ -17,7 +17,7 @@ from test_bundles import bundle_commands, check_flags
 from diffboost import cli, exhibits, plans, targets
 from diffboost.plans import BASE, Experiment, Setting
 from diffboost.results import COLUMNS, load_metrics, read_metrics
-from diffboost.statistics import ablation_points, holm, over_folds, verdict
+from diffboost.statistics import ablation_points, holm, over_folds, summarize, verdict
 
 REPOSITORY = Path(__file__).parents[1]
 STUDY = Experiment(
@@ -236,26 +236,42 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("low", "p", "words"),
+    ("low", "training_low", "p", "words"),
     [
-        (0.01, 0.04, "gain shown"),
-        (0.01, 0.06, "no gain shown"),
-        (-0.01, 0.01, "no gain shown"),
-        (-0.1, 0.01, "no gain shown"),
-        (float("nan"), float("nan"), "no gain shown"),
+        (0.01, 0.01, 0.04, "gain shown"),
+        (0.01, np.nan, 0.04, "gain shown"),  # one seed
+        (0.01, -0.01, 0.04, "no gain shown"),
+        (0.01, 0.01, 0.06, "no gain shown"),
+        (-0.01, 0.01, 0.01, "no gain shown"),
+        (np.nan, np.nan, np.nan, "no gain shown"),
     ],
 )
-def test_a_gain_needs_the_interval_and_holms_p(low, p, words):
-    assert verdict({"ci95": [low, low + 0.05], "p_holm": p}) == words
+def test_a_gain_needs_both_intervals_and_holms_p(low, training_low, p, words):
+    found = {"ci95": [low, low + 0.05], "training_ci95": [training_low, 0.1], "p_holm": p}
+    assert verdict(found) == words
 
 
-def metric_rows(arm: str, gain: float, fold: int = 0, knob: str = "", value: str = "") -> list:
+def test_a_gain_that_another_seed_turns_round_is_not_shown():
+    """The interval over cases alone called it a gain."""
+    rows = []
+    for seed, gain in enumerate((0.06, -0.02, 0.02)):
+        rows += metric_rows("baseline", 0, 0, seed=seed) + metric_rows("mirror", gain, 0, seed=seed)
+    found = summarize(pd.DataFrame(rows, columns=COLUMNS), ["baseline", "mirror"])[1]["mirror"]
+    assert found["dice"]["ci95"][0] > 0.01 and found["dice"]["p_holm"] < 0.001
+    low, high = found["dice"]["training_ci95"]
+    assert low < -0.05 and high > 0.09  # t of two degrees of freedom over means 0.04 apart
+    assert verdict(found["dice"]) == "no gain shown"
+
+
+def metric_rows(
+    arm: str, gain: float, fold: int = 0, knob: str = "", value: str = "", seed: int = 0
+) -> list:
     """Dice of 12 cases, `gain` above baseline's, in the columns of metrics.csv."""
     rng = np.random.default_rng(fold)
     rows = []
     for number, dice in enumerate(np.linspace(0.4, 0.7, 12) + 0.1 * fold):
         dice += gain + (0.01 * rng.standard_normal() if gain else 0)
-        rows.append((arm, fold, 0, f"f{fold}c{number}", "x", "dice", dice, knob, value))
+        rows.append((arm, fold, seed, f"f{fold}c{number}", "x", "dice", dice, knob, value))
     return rows
 
 
