@@ -28,10 +28,12 @@ class _InstanceNorm(Function):
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         x, mean, scale = ctx.saved_tensors
         share = _share(grad)
-        normed = (x - mean).mul_(scale)
-        along = torch.bmm(share, grad * normed)
-        grad = torch.addcmul(grad - torch.bmm(share, grad), normed, along, value=-1)
-        return grad.mul_(scale), None
+        # scale * (grad - mean of grad - normed * mean of grad * normed), in one buffer
+        buffer = (x - mean).mul_(grad)
+        along = torch.bmm(share, buffer).mul_(scale**3)
+        offset = torch.addcmul(mean * along, scale, torch.bmm(share, grad), value=-1)
+        torch.addcmul(offset, x, along, value=-1, out=buffer)
+        return buffer.addcmul_(grad, scale), None
 
 
 class _PReLU(Function):
@@ -48,8 +50,8 @@ class _PReLU(Function):
         x, weight = ctx.saved_tensors
         below = x.clamp_max(0)
         slope = torch.dot(_pixels(grad).flatten(), _pixels(below).flatten())
-        grad = torch.ops.aten.leaky_relu_backward(grad, x, weight.item(), False)
-        return grad, slope.reshape(1)
+        backward = torch.ops.aten.leaky_relu_backward.grad_input
+        return backward(grad, x, weight.item(), False, grad_input=below), slope.reshape(1)
 
 
 def _share(values: torch.Tensor) -> torch.Tensor:
