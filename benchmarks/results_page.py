@@ -219,6 +219,9 @@ def write_page(output_dir: Path) -> None:
     studies = {name: m[m.knob == ""] for name, m in found.items() if m is not None}
     reference = best_classical(data_dir)
     tables = {name: table(metrics, reference) for name, metrics in studies.items()}
+    if PRIMARY in studies and studies[PRIMARY].fold.nunique() > 1:
+        alone = studies[PRIMARY][studies[PRIMARY].fold == 0]
+        tables[f"{PRIMARY}, fold 0 alone"] = table(alone, reference)
     figures = {}
     for organ, names in CURVES.items():
         present = {name: studies[name] for name in names if name in studies}
