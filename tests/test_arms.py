@@ -242,7 +242,7 @@ def test_selection_on_the_test_part_sees_its_slices_with_foreground(folder, refe
     assert logs[0].val_dice.tolist() != logs[1].val_dice.tolist()
     with pytest.raises(ValueError, match="selection: 'tests' is unknown; did you mean 'test'"):
         selection_items(store, 0, "tests")
-    with pytest.raises(ValueError, match="inner_fraction: 0 is not between 0 and 1"):
+    with pytest.raises(ValueError, match="inner_fraction: 0 keeps no case"):
         selection_items(store, 0, inner_fraction=0)
 
 

@@ -202,7 +202,7 @@ def test_the_loss_of_a_generator_on_held_out_slices(folder, caplog):
     assert found[0] == found[1]  # the same draws
     assert found[0]["num_slices"] == len(slice_items(folder / "store", 0, "inner_validation"))
     assert 0 < found[0]["val_loss"] < 3
-    with refused("inner_fraction: 0 keeps no case for validation"):
+    with refused("inner_fraction: 0 keeps no case for inner validation"):
         bundle_run(BUNDLES / FINETUNE, ["train", "evaluate"], **settings, inner_fraction=0)
 
 

@@ -187,10 +187,16 @@ def slice_items(
 
     Raises:
         FileNotFoundError: no slice store at ``store_dir``.
-        ValueError: wrong part or fold, an empty training fold, or no slice has enough foreground.
+        ValueError: wrong part or fold, an empty training fold, an ``inner_fraction`` that keeps no
+            case for ``inner_validation``, or no slice has enough foreground.
 
     Source: DiffBoost Sec. 4.1 (slices with more than 20 foreground pixels; facts, item 14).
     """
+    if part == "inner_validation" and not 0 < inner_fraction < 1:
+        raise ValueError(
+            f"inner_fraction: {inner_fraction} keeps no case for inner validation; it has to lie "
+            "between 0 and 1"
+        )
     store = read_store(store_dir)
     names = ["case", "group"] if needs_names(part, inner_fraction, num_cases) else []
     index = store.columns([*names, "section", "fold", "foreground_px"])

@@ -6,46 +6,12 @@ from pathlib import Path
 
 from monai.engines import Evaluator
 
-from diffboost.data.items import SliceItems
-from diffboost.data.slices import slice_items
 from diffboost.files import sha256_of_files, write_json
 from diffboost.processes import is_main_process
 
 RESULT = "validation.json"
 
 logger = logging.getLogger(__name__)
-
-
-def held_out_slices(
-    store_dir: str,
-    fold: int,
-    min_foreground_px: int = 0,
-    inner_fraction: float = 0.2,
-    num_cases: int | None = None,
-) -> SliceItems:
-    """The slices of the training fold that are kept for model selection.
-
-    Args:
-        store_dir: slice store.
-        fold: fold that is held out for test; none of its slices is taken.
-        min_foreground_px: slices with fewer labeled pixels are left out.
-        inner_fraction: share of the fold's training cases that training leaves out.
-        num_cases: of the training fold, as in training.
-
-    Raises:
-        ValueError: ``inner_fraction`` is not between 0 and 1, so that no case is kept.
-
-    Source: engineering choice.
-    """
-    if not 0 < inner_fraction < 1:
-        raise ValueError(
-            f"inner_fraction: {inner_fraction} keeps no case for validation; it has to lie between "
-            "0 and 1"
-        )
-    knobs = {"inner_fraction": inner_fraction, "num_cases": num_cases}
-    return slice_items(
-        store_dir, fold, "inner_validation", min_foreground_px=min_foreground_px, **knobs
-    )
 
 
 def write_losses(

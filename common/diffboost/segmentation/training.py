@@ -155,11 +155,6 @@ def selection_items(
         return []
     if selection == "test":
         return slice_items(store_dir, fold, "test", min_foreground_px=min_foreground_px)
-    if not 0 < inner_fraction < 1:
-        raise ValueError(
-            f"inner_fraction: {inner_fraction} is not between 0 and 1, which selection "
-            "'inner_validation' needs"
-        )
     return slice_items(
         store_dir, fold, selection, inner_fraction=inner_fraction, num_cases=num_cases
     )
