@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 from ignite.engine import Engine
+from monai.data import MetaTensor
+from monai.transforms import AsDiscrete
 
-from diffboost.segmentation.evaluation import CaseDice, slice_axis_of, stack_slices
+from diffboost.segmentation.evaluation import (
+    CaseDice,
+    most_likely,
+    slice_axis_of,
+    stack_slices,
+)
 from diffboost.segmentation.metrics import case_metrics
 
 
@@ -166,3 +173,13 @@ def test_slices_lie_along_the_axis_of_the_world():
     found = {axis: slice_axis_of(affine, axis) for axis in ("axial", "coronal", "sagittal")}
     assert found == {"axial": (0, True), "coronal": (2, True), "sagittal": (1, True)}
     assert slice_axis_of(torch.eye(4), "axial") == (2, False)
+
+
+def test_the_most_likely_class_is_that_of_monais_argmax_with_its_metadata():
+    logits = torch.randn(3, 5, 4, 2, generator=torch.Generator().manual_seed(0))
+    logits[:, 0] = 0.0  # a tie: the first class
+    pred = MetaTensor(logits, affine=torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0])))
+    found, expected = most_likely(pred), AsDiscrete(argmax=True)(pred)
+    assert torch.equal(found.as_tensor(), expected.as_tensor().long())
+    assert found.shape == (1, 5, 4, 2) and not found.dtype.is_floating_point
+    assert torch.equal(found.affine, pred.affine)

@@ -11,7 +11,8 @@ from ignite.engine import Engine, Events
 from ignite.metrics import Metric
 from monai.data import MetaTensor, NibabelWriter
 from monai.data.utils import affine_to_spacing
-from monai.transforms import Activationsd, AsDiscreted, Compose, Invertd
+from monai.transforms import Activationsd, Compose, Invertd, Lambdad
+from monai.utils import convert_to_dst_type
 
 from diffboost.checkpoints import announce
 from diffboost.data.slices import read_store, write_label
@@ -79,7 +80,7 @@ class CaseDice(Metric):
     def update(self, output: tuple[str | None, torch.Tensor, torch.Tensor]) -> None:
         """Adds one slice or volume: its case (None: a case of its own), prediction and label."""
         name, pred, label = output
-        pred = pred.max(dim=0).indices if len(pred) > 1 else pred  # argmax takes ten times as long
+        pred = most_likely(pred) if len(pred) > 1 else pred
         name = (process_rank_and_count()[0], len(self.counts)) if name is None else name
         joint = self.num_classes * label.flatten().long() + pred.flatten().long()
         matrix = torch.bincount(joint, minlength=self.num_classes**2).cpu()
@@ -104,6 +105,21 @@ class CaseDice(Metric):
             for name, matrix in share.items():
                 counts[name] = counts.get(name, 0) + matrix
         return counts
+
+
+def most_likely(pred: torch.Tensor) -> torch.Tensor:
+    """The class of the highest value, as ``AsDiscrete(argmax=True)``, in a tenth of its time.
+
+    Args:
+        pred: logits or probabilities, (classes, ...).
+
+    Returns:
+        Class index (1, ...), integer, with the metadata of ``pred``.
+
+    Source: engineering choice (torch.argmax is slow over few classes on processors)
+    """
+    index = torch.as_tensor(pred).as_subclass(torch.Tensor).max(dim=0, keepdim=True).indices
+    return convert_to_dst_type(index, pred, dtype=index.dtype)[0]
 
 
 def source_preprocessing(store_dir: str) -> Compose:
@@ -141,7 +157,7 @@ def source_labels(transform: Compose) -> Compose:
         [
             Activationsd("pred", softmax=True),
             Invertd("pred", transform, orig_keys="image", nearest_interp=False),
-            AsDiscreted("pred", argmax=True),
+            Lambdad("pred", func=most_likely),
         ]
     )
 
