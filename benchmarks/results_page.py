@@ -67,12 +67,20 @@ def collect(runs_dir: Path, data_dir: Path) -> None:
         chosen.append(best.reset_index().assign(study=name))
         seconds.append(training_seconds(runs_dir / name).reset_index().assign(study=name))
         logger.info("%s: %d rows", name, len(metrics))
-    consistency = slice_consistency(runs_dir)
-    if len(consistency):
-        consistency.to_csv(data_dir / "slice_consistency.csv", index=False)
-    if chosen:
-        pd.concat(chosen).round(4).to_csv(data_dir / "inner_validation.csv", index=False)
-        pd.concat(seconds).round(1).to_csv(data_dir / "training_seconds.csv", index=False)
+    replace_rows(data_dir / "slice_consistency.csv", [slice_consistency(runs_dir)])
+    replace_rows(data_dir / "inner_validation.csv", [table.round(4) for table in chosen])
+    replace_rows(data_dir / "training_seconds.csv", [table.round(1) for table in seconds])
+
+
+def replace_rows(path: Path, tables: list[pd.DataFrame]) -> None:
+    """Writes tables with a column study into one file, which keeps its rows of other studies."""
+    new = pd.concat(tables) if tables else pd.DataFrame()
+    if new.empty:
+        return
+    if path.is_file():
+        old = pd.read_csv(path)
+        new = pd.concat([old[~old.study.isin(new.study)], new])
+    new.to_csv(path, index=False)
 
 
 def slice_consistency(runs_dir: Path) -> pd.DataFrame:
