@@ -3,10 +3,11 @@
     python benchmarks/no_gain.py RUN_DIR [--trials 20] [--seeds 3] [--jobs 2]
 
 RUN_DIR is a study with a store (its knobs are kept, its generator is not used). Each trial trains
-arm baseline and arm diffboost with seeds of its own, the second on a synthetic store whose variants
-are the slices themselves, and says by the rule of the report whether a gain is shown. What is done
-is not done again. --csv FILE gets a row a trial. The last line is JSON; it fails where more than
-one trial in 20 shows a gain.
+arm baseline and arm diffboost, the second on a synthetic store whose variants are the slices
+themselves, and says by the rule of the report whether a gain is shown. Both arms of a trial have
+seeds of their own: with the same seeds, merged images of a slice and its copy are the slice, both
+networks are equal to the byte, and no rule could fail. What is done is not done again. --csv FILE
+gets a row a trial. The last line is JSON; it fails where more than one trial in 20 shows a gain.
 """
 
 import argparse
@@ -62,10 +63,23 @@ def copy_slices(store_dir: Path, output_dir: Path, fold: int, **split) -> None:
     write_table(output_dir / "manifest.parquet", pd.DataFrame(rows))
 
 
-def judge(comparison: Comparison, seeds: list[int]) -> dict:
+def seeds_of_trial(trial: int, seeds: int) -> dict[str, list[int]]:
+    """Each arm's own seeds, so many."""
+    first = 2 * seeds * trial
+    return {
+        "baseline": list(range(first, first + seeds)),
+        ARM: list(range(first + seeds, first + 2 * seeds)),
+    }
+
+
+def judge(comparison: Comparison, seeds: dict[str, list[int]]) -> dict:
     """A trial's gain in Dice, its verdict, and what it would be if seeds were not counted."""
-    arms = [comparison.metrics(COPIES, seeds, arm).assign(arm=arm) for arm in ("baseline", ARM)]
-    found = summarize(pd.concat(arms), ["baseline", ARM])[1][ARM]["dice"]
+    metrics = [
+        comparison.metrics(COPIES, [seed], arm).assign(arm=arm, seed=place)
+        for arm, numbers in seeds.items()
+        for place, seed in enumerate(numbers)
+    ]
+    found = summarize(pd.concat(metrics), list(seeds))[1][ARM]["dice"]
     over_cases = verdict(found | {"training_ci95": [math.nan, math.nan]})
     return {"seeds": seeds, **found, "verdict": verdict(found), "over_cases_alone": over_cases}
 
@@ -84,7 +98,6 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output_dir = options.output_dir or Path(f"{options.run_dir}.no_gain")
-    trials = [range(options.seeds * n, options.seeds * (n + 1)) for n in range(options.trials)]
     rows = []
     with warm_programs() as warm, ThreadPoolExecutor(options.jobs) as pool:
         programs = f"{warm}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -95,15 +108,19 @@ def main() -> None:
         for fold in study.folds:
             store_dir = read_store(str(comparison.run_dir / "store")).store_dir
             copy_slices(store_dir, comparison.variants_dir(COPIES, fold), fold, **split)
-        for seeds in trials:
-            places = product([COPIES], study.folds, seeds, ["baseline", ARM])
+        for trial in range(options.trials):
+            seeds = seeds_of_trial(trial, options.seeds)
+            places = [
+                (COPIES, fold, seed, arm)
+                for fold, (arm, numbers) in product(study.folds, seeds.items())
+                for seed in numbers
+            ]
             list(pool.map(lambda place: comparison.segment(*place), places))
-            rows.append(judge(comparison, list(seeds)))
+            rows.append({"trial": trial} | judge(comparison, seeds))
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
     if options.csv:
-        pd.DataFrame(rows).drop(columns=["ci95", "training_ci95"]).round(4).to_csv(
-            options.csv, index=False
-        )
+        lists = ["seeds", "ci95", "training_ci95"]
+        pd.DataFrame(rows).drop(columns=lists).round(4).to_csv(options.csv, index=False)
     shown = sum(row["verdict"] == "gain shown" for row in rows)
     line = {"name": "no_gain", "ours": shown, "peer": len(rows), "ratio": shown / len(rows)}
     line |= {"unit": "trials with a gain shown", "limit": FALSE_ALARMS}
