@@ -118,6 +118,12 @@ def test_a_store_in_place_is_left_as_it_is(tmp_path, caplog):
     assert "nothing to do" in caplog.text
 
 
+def test_monai_warns_of_its_readers_once_and_not_for_every_picture(tmp_path, caplog):
+    _prepare(raw_data.write_busi(tmp_path, 4), raw_data.TASK_2D)
+    warned = [record for record in caplog.records if "nvImageCodec" in record.getMessage()]
+    assert len(warned) <= 1  # none where nvImageCodec is installed
+
+
 def test_leftovers_of_a_stopped_run_are_replaced(tmp_path):
     root = raw_data.write_busi(tmp_path, 2)
     partial_dir = raw_data.store_of(root, "store.partial")

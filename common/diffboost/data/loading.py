@@ -53,7 +53,8 @@ class CaseDataset(Dataset):
     def __init__(self, cases: Sequence[Case], task: Mapping, image_size: int) -> None:
         self.cases = cases
         self.task = task
-        self.image_size = image_size
+        # made once: MONAI's LoadImage sets up every reader it knows, and warns where one lacks parts
+        self.preprocessing = case_preprocessing(task, image_size, with_label=True)
 
     def __len__(self) -> int:
         """Number of cases."""
@@ -71,18 +72,17 @@ class CaseDataset(Dataset):
     def _load_case(self, case: Case) -> LoadedCase:
         """A volume or a 2D image with its label, preprocessed and cut into slices."""
         _check_files(case)
-        preprocessing = case_preprocessing(self.task, self.image_size, with_label=True)
         names = [str(path) for path in case.labels]
         item = {"image": str(case.image), "label": names if len(names) > 1 else names[0]}
-        cut = intensity_step(preprocessing)
-        item = preprocessing(item, end=cut)
+        cut = intensity_step(self.preprocessing)
+        item = self.preprocessing(item, end=cut)
         _check_source(item["image"], item["label"], self.task["channel"])
         flat = self.task["layout"] == "pairs"
         image = item["image"]
         spacing = [1.0] * 3 if flat else [float(value) for value in image.pixdim]
         shape = [*image.shape[1:], 1] if flat else image.meta["spatial_shape"]
         affine = np.eye(4) if flat else image.meta["original_affine"]
-        item = preprocessing(item, start=cut)
+        item = self.preprocessing(item, start=cut)
         images, labels = (item[key].as_tensor().movedim(-1, 0) for key in ("image", "label"))
         if images.abs().max() > 1 + 1e-4 or images.min() == images.max():
             raise ValueError("the image has no contrast within the task's intensity range")
