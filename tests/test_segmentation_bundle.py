@@ -105,7 +105,7 @@ KNOBS = {
     "fold": 1,
     "alpha": 0.1,
     "patch_size": 4,
-    "merge": "images",
+    "merge": "logits",
     "learning_rate": 0.002,
     "batch_size": 3,
     "min_foreground_px": 200,

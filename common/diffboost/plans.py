@@ -40,7 +40,7 @@ class Experiment:
         processes: of torchrun, for each stage that has a `multi_gpu` overlay.
         protocol: names a file of workflow/protocols, whose knobs hold where the file has none.
         arm_epochs: {arm: epochs} of arms that train other than segmentation's `epochs`, such as
-            twice as many without variants, which takes as long as half of them with variants.
+            half as many where ``merge: logits`` passes two images for one: the same time.
         prepare, finetune, synthesis, auto_ratio, segmentation, evaluate: knobs of the stage's
             config file (auto_ratio: where synthesis says `ratio: auto`). A list of values in
             synthesis or segmentation is an ablation, its first value the base.

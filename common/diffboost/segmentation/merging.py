@@ -148,8 +148,8 @@ class MergeInferer(Inferer):
     Batch norm thus sees both halves at once; the released code makes two passes.
 
     Args:
-        merge: "logits" merges the two predictions, ``y * m + y_aug * (1 - m)`` (released code);
-            "images" merges the two slices before a single pass (the paper's prose).
+        merge: "images" merges the two slices before a single pass (the paper's prose);
+            "logits" merges the two predictions, ``y * m + y_aug * (1 - m)`` (released code).
         amp: run the network in bfloat16.
 
     Raises:
@@ -158,7 +158,7 @@ class MergeInferer(Inferer):
     Source: Algorithm 1; facts 22
     """
 
-    def __init__(self, merge: str = "logits", amp: bool = False) -> None:
+    def __init__(self, merge: str = "images", amp: bool = False) -> None:
         super().__init__()
         if merge not in MERGES:
             raise ValueError(f"merge: {merge!r} is unknown; {nearest(merge, MERGES)}")
