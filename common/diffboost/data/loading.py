@@ -53,7 +53,7 @@ class CaseDataset(Dataset):
     def __init__(self, cases: Sequence[Case], task: Mapping, image_size: int) -> None:
         self.cases = cases
         self.task = task
-        # made once: MONAI's LoadImage sets up every reader it knows, and warns where one lacks parts
+        # made once: LoadImage sets up every reader MONAI has, and warns where one lacks parts
         self.preprocessing = case_preprocessing(task, image_size, with_label=True)
 
     def __len__(self) -> int:
