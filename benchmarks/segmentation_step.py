@@ -10,7 +10,8 @@ image and label and one of N variants' .npz, read in every step; AttentionUnet, 
 as torch has them by default, batch 8. Left out of it are Lightning, its logging, and its own draws:
 variants and merge masks are those that our addresses gave, held in memory. ``peer`` makes one pass
 over real and synthetic slices together, so that its losses can be compared with ours; ``released``
-makes two, as the released code does. All have the same weights at the start, float32, threads, no
+makes two, as the released code does. All merge logits; our default, merged images, is half of that
+work and has other losses. All have the same weights at the start, float32, threads, no
 loader processes, and take their steps in turn. Data are phantoms at --size px and variants with
 noise, by seed 0.
 
@@ -102,6 +103,7 @@ def read_config(options: argparse.Namespace, folder: Path) -> ConfigParser:
             "arm": options.arm,
             "image_size": options.size,
             "patch_size": options.size // 4,
+            "merge": "logits",  # as the released loop: two passes of work
             "epochs": 10_000,  # the benchmark stops it
             "channels_last": options.channels_last == "true",
             "device": "cpu",
