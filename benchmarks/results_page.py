@@ -44,6 +44,7 @@ MORE_CASES = ("real_hippocampus_10", "real_hippocampus_20")
 DEVELOPMENT = "real_breast_dev"
 JOINED = "real_breast_joined"  # what helped there, together
 STUDIES = (*CURVES["breast"], *CURVES["hippocampus"])
+MISSED = 0.1  # a mean Dice below it: what is looked for was not found
 
 logger = logging.getLogger("results_page")
 
@@ -135,8 +136,8 @@ def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
         reference: an arm without variants.
 
     Returns:
-        arm; n (cases); runs (folds x seeds); metrics, {name: (mean, low, high)}; gain, None of
-        the reference itself.
+        arm; n (cases); missed (those below a Dice of ``MISSED``); runs (folds x seeds); metrics,
+        {name: (mean, low, high)}; gain, None of the reference itself.
     """
     arms = list(metrics.arm.unique())
     values, differences = case_values(metrics), summarize(metrics, arms, reference)[1]
@@ -151,8 +152,9 @@ def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
         if arm != reference:
             gain = differences[arm]["dice"] | {"verdict": verdict(differences[arm]["dice"])}
         trained = metrics[metrics.arm == arm][["fold", "seed"]].drop_duplicates()
+        dice = values.loc[arm, "dice"].dropna()
         row = {"arm": arm, "metrics": shown, "gain": gain, "runs": len(trained)}
-        rows.append(row | {"n": int(values.loc[arm, "dice"].notna().sum())})
+        rows.append(row | {"n": len(dice), "missed": int((dice < MISSED).sum())})
     return rows
 
 
@@ -220,6 +222,36 @@ def draw_curves(studies: dict[str, pd.DataFrame], path: Path, sizes: dict[str, s
         figure.savefig(path, metadata={"Date": None})
 
 
+def draw_cases(metrics: pd.DataFrame, arm: str, reference: str, path: Path) -> None:
+    """Every test case's Dice with an arm over that with the reference; three cases are named.
+
+    These are the greatest gain, the greatest loss, and the median of the gains.
+    """
+    values = case_values(metrics)
+    pair = pd.DataFrame({"x": values.loc[reference, "dice"], "y": values.loc[arm, "dice"]}).dropna()
+    ordered = (pair.y - pair.x).sort_values(kind="stable").index
+    named = {"greatest loss": ordered[0], "median gain": ordered[len(ordered) // 2],
+             "greatest gain": ordered[-1]}  # fmt: skip
+    color = arm_colors([reference, arm])[arm]
+    with rc_context(STYLE | {"svg.hashsalt": path.name}):
+        figure = Figure(figsize=(4.4, 4.4), layout="constrained")
+        axis = figure.subplots()
+        axis.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
+        axis.plot(pair.x, pair.y, ".", color=color, markersize=5, alpha=0.5)
+        for what, case in named.items():
+            x, y = pair.loc[case]
+            side = -1 if y >= x or x > 0.8 else 1  # words stand where there is room
+            axis.annotate(
+                f"{what}: {case}", (x, y), xytext=(14 * side, -16 * side),
+                textcoords="offset points", ha="right" if side < 0 else "left", fontsize=7,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6},
+            )  # fmt: skip
+        axis.set_xlabel(f"Dice with {reference}")
+        axis.set_ylabel(f"Dice with {arm}")
+        axis.set_aspect("equal")
+        figure.savefig(path, metadata={"Date": None})
+
+
 def write_page(output_dir: Path) -> None:
     """Writes index.md and the figures beside it."""
     data_dir = output_dir / "data"
@@ -237,6 +269,12 @@ def write_page(output_dir: Path) -> None:
             sizes = {name: name.rpartition("_")[2] for name in names}
             draw_curves(present, output_dir / f"curve_{organ}.svg", sizes)
             figures[organ] = f"curve_{organ}.svg"
+    cases = {}
+    for name, metrics in studies.items():
+        arm = f"diffboost+{reference}"
+        if {arm, reference} <= set(metrics.arm):
+            cases[name] = f"cases_{name}.svg"
+            draw_cases(metrics, arm, reference, output_dir / cases[name])
     development, joined = (read(data_dir, name) for name in (DEVELOPMENT, JOINED))
     reading = Path(__file__).with_name("results_reading.md")
     small = {path.stem: pd.read_csv(path) for path in sorted(data_dir.glob("*.csv"))}
@@ -248,7 +286,8 @@ def write_page(output_dir: Path) -> None:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     text = environment.get_template("results_page.md.j2").render(
-        tables=tables, missing=[name for name in STUDIES if name not in studies], figures=figures,
+        tables=tables, cases=cases, missed=MISSED, figures=figures,
+        missing=[name for name in STUDIES if name not in studies],
         levers=None if development is None else levers(development),
         development=None if development is None else table(
             development[development.knob == ""], "baseline"),
