@@ -5,7 +5,8 @@
 With --runs, every study real_* of RUNS_DIR gives its metrics (`data/STUDY.csv.gz`, without times),
 the seconds of its stages (`data/STUDY.costs.csv`), the CPU seconds of a training of each arm
 (`data/training_seconds.csv`) and its best Dice on inner validation (`data/inner_validation.csv`),
-which chooses the classical arm that all are compared with. The page is then written from what lies
+which chooses the classical arm that all are compared with, one for breast and one for hippocampus,
+from the study with most labelled cases. The page is then written from what lies
 in data/ alone, so that it can be made again without the runs, and from results_reading.md beside
 this file, which says what the figures mean and is written by hand. A study, trial or table that is
 not there is said to be not run. Rules: docs/results/protocol.md.
@@ -41,9 +42,10 @@ CURVES = {
     "hippocampus": ("real_hippocampus_5", "real_hippocampus_10", "real_hippocampus_20"),
 }
 MORE_CASES = ("real_hippocampus_10", "real_hippocampus_20")
+MORE_TIME = ("real_hippocampus_10", "real_hippocampus_10_total")  # classical arms train longer
 DEVELOPMENT = "real_breast_dev"
 JOINED = "real_breast_joined"  # what helped there, together
-STUDIES = (*CURVES["breast"], *CURVES["hippocampus"])
+STUDIES = (*CURVES["breast"], *CURVES["hippocampus"], MORE_TIME[1])
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
 
 logger = logging.getLogger("results_page")
@@ -117,15 +119,31 @@ def read(data_dir: Path, name: str) -> pd.DataFrame | None:
     return results.load_metrics(path) if path.is_file() else None
 
 
-def best_classical(data_dir: Path) -> str:
-    """The arm without variants that is best on inner validation, where the study with all cases is;
-    baseline before."""
+def best_classical(data_dir: Path, study: str) -> str:
+    """The arm without variants that is best on inner validation; baseline where none was run."""
     path = data_dir / "inner_validation.csv"
     if not path.is_file():
         return "baseline"
-    means = pd.read_csv(path).query("study == @PRIMARY").set_index("arm").val_dice
+    means = pd.read_csv(path).query("study == @study").set_index("arm").val_dice
     plain = [arm for arm in means.index if not uses_variants(arm)]
     return means[plain].idxmax() if plain else "baseline"
+
+
+def over_more_time(few: pd.DataFrame, total: pd.DataFrame, best: str) -> tuple[list[dict], str]:
+    """Arms with variants beside classical ones that trained as long as all the others' stages.
+
+    Args:
+        few: metrics of a study, its base alone.
+        total: of one with the same folds and cases, without variants.
+        best: the arm of ``total`` that the others are compared with.
+
+    Returns:
+        What :func:`table` gives, for the seeds of ``total``, and the name of ``best`` in it.
+    """
+    named = {arm: f"{arm}, long" for arm in total.arm.unique()}
+    shown = few[few.seed.isin(total.seed.unique())]
+    joined = pd.concat([shown, total.assign(arm=total.arm.map(named))], ignore_index=True)
+    return table(joined, named[best]), named[best]
 
 
 def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
@@ -257,11 +275,21 @@ def write_page(output_dir: Path) -> None:
     data_dir = output_dir / "data"
     found = {name: read(data_dir, name) for name in STUDIES}
     studies = {name: m[m.knob == ""] for name, m in found.items() if m is not None}
-    reference = best_classical(data_dir)
-    tables = {name: table(metrics, reference) for name, metrics in studies.items()}
+    references = {
+        name: best_classical(data_dir, present[-1])
+        for names in CURVES.values()
+        if (present := [name for name in names if name in studies])
+        for name in present
+    }
+    tables = {name: table(studies[name], references[name]) for name in references}
     if PRIMARY in studies and studies[PRIMARY].fold.nunique() > 1:
-        alone = studies[PRIMARY][studies[PRIMARY].fold == 0]
-        tables[f"{PRIMARY}, fold 0 alone"] = table(alone, reference)
+        alone, name = studies[PRIMARY][studies[PRIMARY].fold == 0], f"{PRIMARY}, fold 0 alone"
+        references[name] = references[PRIMARY]
+        tables[name] = table(alone, references[name])
+    total = None
+    if set(MORE_TIME) <= set(studies):
+        best = best_classical(data_dir, MORE_TIME[1])
+        total = over_more_time(*(studies[name] for name in MORE_TIME), best)
     figures = {}
     for organ, names in CURVES.items():
         present = {name: studies[name] for name in names if name in studies}
@@ -270,11 +298,11 @@ def write_page(output_dir: Path) -> None:
             draw_curves(present, output_dir / f"curve_{organ}.svg", sizes)
             figures[organ] = f"curve_{organ}.svg"
     cases = {}
-    for name, metrics in studies.items():
-        arm = f"diffboost+{reference}"
-        if {arm, reference} <= set(metrics.arm):
+    for name, reference in references.items():
+        arm = "diffboost" if reference == "baseline" else f"diffboost+{reference}"
+        if name in studies and {arm, reference} <= set(studies[name].arm):
             cases[name] = f"cases_{name}.svg"
-            draw_cases(metrics, arm, reference, output_dir / cases[name])
+            draw_cases(studies[name], arm, reference, output_dir / cases[name])
     development, joined = (read(data_dir, name) for name in (DEVELOPMENT, JOINED))
     reading = Path(__file__).with_name("results_reading.md")
     small = {path.stem: pd.read_csv(path) for path in sorted(data_dir.glob("*.csv"))}
@@ -295,7 +323,7 @@ def write_page(output_dir: Path) -> None:
         if set(MORE_CASES) <= set(studies) else None,
         joined=None if joined is None else table(joined, "mirror"),
         reading=reading.read_text(encoding="utf-8"),
-        small=small, seconds=seconds, reference=reference, metric_names=METRIC_NAMES,
+        small=small, seconds=seconds, references=references, total=total, metric_names=METRIC_NAMES,
         lower=LOWER_IS_BETTER,
     )  # fmt: skip
     (output_dir / "index.md").write_text(text, encoding="utf-8")
