@@ -309,6 +309,12 @@ def write_page(output_dir: Path) -> None:
     seconds = {}
     if "training_seconds" in small:
         seconds = small["training_seconds"].set_index(["study", "arm"]).cpu_seconds.to_dict()
+        few, long = MORE_TIME
+        seconds |= {
+            (long, arm if study == few else f"{arm}, long"): taken
+            for (study, arm), taken in seconds.items()
+            if study in MORE_TIME
+        }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
