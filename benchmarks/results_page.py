@@ -236,7 +236,7 @@ def draw_curves(studies: dict[str, pd.DataFrame], path: Path, sizes: dict[str, s
         axis.set_xticks(range(len(studies)), [sizes[name] for name in studies])
         axis.set_xlabel("labelled cases of a fold (bars: 95 % interval over test cases)")
         axis.set_ylabel("Dice")
-        axis.legend(frameon=False, fontsize=8, ncols=2)
+        figure.legend(frameon=False, fontsize=8, loc="outside right upper")
         figure.savefig(path, metadata={"Date": None})
 
 
@@ -250,7 +250,7 @@ def draw_cases(metrics: pd.DataFrame, arm: str, reference: str, path: Path) -> N
     ordered = (pair.y - pair.x).sort_values(kind="stable").index
     named = {"greatest loss": ordered[0], "median gain": ordered[len(ordered) // 2],
              "greatest gain": ordered[-1]}  # fmt: skip
-    color = arm_colors([reference, arm])[arm]
+    color = arm_colors(list(metrics.arm.unique()))[arm]
     with rc_context(STYLE | {"svg.hashsalt": path.name}):
         figure = Figure(figsize=(4.4, 4.4), layout="constrained")
         axis = figure.subplots()
