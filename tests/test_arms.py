@@ -176,7 +176,7 @@ def test_networks_refuse_images_that_do_not_fit(folder, name, image_size, messag
 KNOBS = {
     "alpha": ("diffboost", 0.1),
     "patch_size": ("diffboost", 1),
-    "merge": ("diffboost", "images"),
+    "merge": ("diffboost", "logits"),
     "num_variants": ("diffboost", 1),
     "seed": ("baseline", 1),
     "fold": ("baseline", 1),
