@@ -251,7 +251,7 @@ def draw_cases(metrics: pd.DataFrame, arm: str, reference: str, path: Path) -> N
     named = {"greatest loss": ordered[0], "median gain": ordered[len(ordered) // 2],
              "greatest gain": ordered[-1]}  # fmt: skip
     color = arm_colors(list(metrics.arm.unique()))[arm]
-    with rc_context(STYLE | {"svg.hashsalt": path.name}):
+    with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 4.4), layout="constrained")
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
