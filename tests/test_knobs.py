@@ -16,6 +16,7 @@ from diffboost.knobs import (
     read_flags,
     refuse_unknown,
 )
+from diffboost.stages import WORKFLOW
 
 RUNNER = "site-packages/monai/bundle/__main__.py"
 TRAIN = """
@@ -119,3 +120,17 @@ def test_diffboost_refuses(monkeypatch, words, message):
     monkeypatch.setattr(sys, "argv", ["diffboost", *words])
     with pytest.raises(SystemExit, match=message):
         cli.main()
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_after_a_file_name_runs_nothing(flag, monkeypatch, tmp_path, capsys):
+    """`diffboost study FILE --help` began the study and explained its result, None (0.6.0)."""
+    example = WORKFLOW / "experiments/demo.yaml"
+    arguments = ["study", str(example), "--runs_dir", str(tmp_path), flag]
+    monkeypatch.setattr("sys.argv", ["diffboost", *arguments])
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("the study was begun"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert "how many processor cores" in "".join(capsys.readouterr())
+    assert not list(tmp_path.iterdir())

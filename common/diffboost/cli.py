@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -218,13 +219,31 @@ def _hold(lock: TextIO, run_dir: Path) -> None:
 
 COMMANDS = {"study": study, "report": report, "cost": cost, "audit": AUDITS, "dicom": DICOM}
 COMMANDS |= {"package": package, "verify": verify}
+HELP = {"--help", "-h"}
 
 
 def main() -> None:
     """Entry of the console script `diffboost`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    _refuse_misspelt(sys.argv[1:])
-    fire.Fire(COMMANDS, name="diffboost")
+    arguments = sys.argv[1:]
+    _refuse_misspelt(arguments)
+    if HELP.intersection(arguments):  # fire would run `study FILE` first, and explain its result
+        arguments = [*_split_command(arguments)[0], "--help"]
+    fire.Fire(COMMANDS, command=arguments, name="diffboost")
+
+
+def _split_command(arguments: list[str]) -> tuple[list[str], Callable | dict, list[str]]:
+    """The names of a command, what they stand for (more commands, if a name is missing), the rest.
+
+    Raises:
+        ValueError: there is no such command; names the nearest.
+    """
+    names, found = [], COMMANDS
+    while isinstance(found, dict) and arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+        refuse_unknown({name: "command"}, found, " ".join(["diffboost", *names]))
+        names, found = [*names, name], found[name]
+    return names, found, arguments
 
 
 def _refuse_misspelt(arguments: list[str]) -> None:
@@ -232,19 +251,13 @@ def _refuse_misspelt(arguments: list[str]) -> None:
 
     Source: engineering choice (fire prints its usage, but no nearest name)
     """
-    if not arguments or arguments[0].startswith("-"):
-        return
-    name, commands = "diffboost", COMMANDS
     try:
-        while isinstance(commands, dict) and arguments and not arguments[0].startswith("-"):
-            refuse_unknown({arguments[0]: "command"}, commands, name)
-            name, commands = f"{name} {arguments[0]}", commands[arguments[0]]
-            arguments = arguments[1:]
-        if isinstance(commands, dict):
+        names, found, rest = _split_command(arguments)
+        if isinstance(found, dict):
             return
-        flags = {key.replace("-", "_"): value for key, value in read_flags(arguments).items()}
-        allowed = [*inspect.signature(commands).parameters, "help"]
-        refuse_unknown(flags, allowed, name)
+        flags = {key.replace("-", "_"): value for key, value in read_flags(rest).items()}
+        allowed = [*inspect.signature(found).parameters, "help"]
+        refuse_unknown(flags, allowed, " ".join(["diffboost", *names]))
     except ValueError as error:
         raise SystemExit(str(error)) from None
 
