@@ -56,6 +56,7 @@ def read_experiment(
     experiment = Experiment(**(written | sections | {"ablations": ablations}))
     _check_values(experiment, path)
     check_arm_epochs(experiment, path)
+    _check_unlabelled(experiment, path)
     _check_networks(experiment, config_files, path)
     _check_ablations(experiment, path)
     _check_sections(experiment, config_files, path)
@@ -106,7 +107,7 @@ def _refuse_code(value: object, path: Path) -> None:
 
 def _check_mappings(written: Mapping, path: Path) -> None:
     """Raises ValueError on a section that is no mapping, and on unknown parts of `pretrain`."""
-    for section in (*SECTIONS, "arm_epochs", "pretrain", "ablations"):
+    for section in (*SECTIONS, "arm_epochs", "pretrain", "unlabelled", "ablations"):
         value = written.get(section, {})
         if not isinstance(value, dict) and (value is not None or section in SECTIONS):
             raise ValueError(f"{path}: {section}: {value!r}; `key: value` lines are needed")
@@ -165,6 +166,21 @@ def _check_inner_fraction(experiment: Experiment, path: Path) -> None:
         )
     if "inner_fraction" in ablated_knobs(experiment):
         raise ValueError(f"{path}: inner_fraction: one value is needed, no list")
+
+
+def _check_unlabelled(experiment: Experiment, path: Path) -> None:
+    """Raises ValueError where no training case is unlabelled, or one knob would be given twice."""
+    if experiment.unlabelled is None:
+        return
+    if experiment.num_cases is None:
+        raise ValueError(
+            f"{path}: unlabelled: the cases beyond num_cases are, but num_cases is not given"
+        )
+    for knob in ("inner_fraction", "min_foreground_px", "num_cases"):
+        if knob in experiment.unlabelled:
+            raise ValueError(
+                f"{path}: unlabelled: {knob}: all slices of the unlabelled cases are learned from"
+            )
 
 
 def _check_quality_filter(experiment: Experiment, path: Path) -> None:

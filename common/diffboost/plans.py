@@ -48,6 +48,9 @@ class Experiment:
         pretrain: Table 1: `dataset_dir` (a tree, or `phantoms`; none: the task's own slices, and
             nothing is finetuned from them), `image_size` (px; none: the study's) and
             the knobs of the pretraining bundle's `prepare`, `train`, `pix2pix` and `evaluate`.
+        unlabelled: the generator learns from the training cases beyond `num_cases` first, from
+            their images alone, and is finetuned on the labelled ones then: knobs of that first
+            training other than finetune's, such as `epochs`; None: it does not.
 
     Source: engineering choice
     """
@@ -78,6 +81,7 @@ class Experiment:
     evaluate: dict = field(default_factory=dict)
     ablations: dict = field(default_factory=dict)
     pretrain: dict | None = None
+    unlabelled: dict | None = None
 
     @property
     def networks(self) -> list[str]:
@@ -233,6 +237,27 @@ def synthetic_dir(setting: Setting, fold: int) -> str:
     """
     own = setting.section == "synthesis" and setting.knob != "ratio"
     return f"{setting.folder if own else ''}fold{fold}/synthetic_store"
+
+
+def finetune_knobs(experiment: Experiment) -> dict:
+    """Knobs of finetuning, without ``weights`` where it goes on from unlabelled images.
+
+    Source: engineering choice
+    """
+    if experiment.unlabelled is None:
+        return experiment.finetune
+    return {key: value for key, value in experiment.finetune.items() if key != "weights"}
+
+
+def unlabelled_knobs(experiment: Experiment) -> dict:
+    """Knobs of the generator's training on unlabelled images: finetune's, and the section's own.
+
+    All of these images are learned from: none are kept for selection, none has foreground.
+
+    Source: engineering choice
+    """
+    knobs = experiment.finetune | (experiment.unlabelled or {})
+    return knobs | {"inner_fraction": 0.0, "min_foreground_px": 0}
 
 
 def synthesis_knobs(experiment: Experiment, setting: Setting) -> dict:

@@ -24,6 +24,8 @@ STAGES = (
     "pretrain",
     "train_pix2pix",
     "evaluate_images",
+    "prepare_unlabelled",
+    "train_on_unlabelled",
     "finetune",
     "synthesize",
     "train_on_synthetic",

@@ -131,7 +131,7 @@ rule prepare:
 rule finetune:
     input:
         "store",
-        PRETRAINED or [],
+        first_generator,
     output:
         directory("fold{fold}/generator"),
     params:
@@ -141,12 +141,12 @@ rule finetune:
                 "store_dir": RUN / "store",
                 "output_dir": RUN / f"fold{wildcards.fold}/generator",
                 "backbone": STUDY.backbone,
-                "weights": RUN / PRETRAINED / "model.pt" if PRETRAINED else None,
+                "weights": model_of(first_generator(wildcards)),
                 "image_size": STUDY.image_size,
                 "fold": int(wildcards.fold),
                 "num_cases": STUDY.num_cases,
             },
-            STUDY.finetune,
+            plans.finetune_knobs(STUDY),
             "multi_gpu_train",
         ),
         start=START,

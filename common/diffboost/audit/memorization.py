@@ -117,9 +117,8 @@ def measure_memorization(
 
 
 def _training_rows(store: SliceStore, lineage: Mapping) -> pd.DataFrame:
-    """The slices of all cases that the generator itself was trained on, group by group."""
-    cases = lineage["cases"]
-    hashes = set(cases["sha256"].to_pylist() if isinstance(cases, pa.Table) else cases.values())
+    """The store's slices of cases that the generator or an ancestor saw, group by group."""
+    hashes = _seen_hashes(lineage)
     rows = store.index[store.index.source_sha256.isin(hashes)]
     if rows.empty:
         raise ValueError(
@@ -127,6 +126,13 @@ def _training_rows(store: SliceStore, lineage: Mapping) -> pd.DataFrame:
             "names; the variants were made from another store"
         )
     return rows.sort_values(["group", "case", "slice"], ignore_index=True)
+
+
+def _seen_hashes(lineage: Mapping) -> set[str]:
+    """Hashes of the cases that a generator and its ancestors were trained on."""
+    cases = lineage.get("cases", {})
+    hashes = set(cases["sha256"].to_pylist() if isinstance(cases, pa.Table) else cases.values())
+    return hashes.union(*map(_seen_hashes, lineage.get("ancestors", [])))
 
 
 def _load(paths: Sequence[Path], size: int) -> Tensor:

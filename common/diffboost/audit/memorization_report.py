@@ -140,7 +140,7 @@ def _doubts(figures: Mapping, num_real: int) -> list[str]:
     recall = figures["copies"]["recall"]
     if recall["found"] < 0.99 * recall["of"]:
         doubts.append(f"only {recall['found']} of {recall['of']} planted copies are found here")
-    doubts.append("images that only the generator's ancestors saw (pretraining) are not searched")
+    doubts.append("pretraining images that are in no case of this store are not searched")
     return doubts
 
 

@@ -162,8 +162,23 @@ class StudyCost:
         encoded = row.images * encoding.flops
         return replace(row, unit=unit, flops=row.flops + encoded, float32_flops=encoded)
 
+    def _unlabelled(self, fold: int) -> Iterator[Stage]:
+        """Edges, latents and training of the images whose labels are not used."""
+        study, size = self.experiment, self.experiment.image_size
+        if study.unlabelled is None:
+            return
+        parser = self._parse("unlabelled", plans.unlabelled_knobs(study))
+        taken = select(self.index, fold, "training_fold", num_cases=study.num_cases)
+        number = len(select(self.index, fold, "training_fold")) - len(taken)
+        unit = self._edges(study.edges, size, study.hed_size_px)
+        yield _stage("prepare_unlabelled", number, unit, fold=fold, disk_bytes=number * 3 * size**2)
+        if value(parser, "cache_latents", True):
+            yield self._latents("unlabelled_latents", parser, number, 1, fold)
+        yield self._training("train_on_unlabelled", parser, number, False, fold)
+
     def _finetune(self, fold: int) -> Iterator[Stage]:
-        parser = self._parse("finetune", self.experiment.finetune)
+        yield from self._unlabelled(fold)
+        parser = self._parse("finetune", plans.finetune_knobs(self.experiment))
         rows = self._slices(fold, "training", parser)
         prompts = rows.prompt.nunique() if "prompt" in rows else 1
         if value(parser, "cache_latents", True):
