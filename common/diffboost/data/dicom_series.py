@@ -32,6 +32,7 @@ TAGS = [
     "PhotometricInterpretation", "NumberOfFrames", "HighBit", "PlanarConfiguration",
     "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "FrameOfReferenceUID", "PixelData",
 ]  # fmt: skip
+# pydicom and its decoders of pixels have no common error; a damaged file may end in any of these.
 _ERRORS = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError,
     RuntimeError, AssertionError, MemoryError, struct.error, zlib.error,

@@ -14,6 +14,7 @@ LARGEST_JSON = 1 << 28  # bytes; the datalist of a million volumes has about 1 <
 LARGEST_YAML = 1 << 20  # bytes
 DEEPEST = 100  # levels; a lineage has two a generation
 DIGEST = "digest"  # key of a document's own hash
+# PyYAML's own, and what its makers of dates, numbers and keys let through.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 

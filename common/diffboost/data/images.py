@@ -15,6 +15,7 @@ LARGEST_PIXELS = 1 << 26  # 8192 x 8192
 LARGEST_PICTURE = 1 << 30  # bytes of a file
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 HIGHEST_RATIO = 1040  # of deflate's output to its input; 1032 and headers
+# Pillow's plugins unpack what a damaged file says: their errors are of any of these kinds.
 BROKEN_ERRORS = (
     OSError, SyntaxError, ValueError, LookupError, EOFError, TypeError, ArithmeticError,
     AttributeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError,

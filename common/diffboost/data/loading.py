@@ -18,6 +18,7 @@ from diffboost.data.transforms import LoadSliced, case_preprocessing, intensity_
 from diffboost.data.volumes import check_volume
 from diffboost.files import sha256_of_files
 
+# MONAI's readers say RuntimeError or pass on what NumPy and nibabel raise.
 BAD_FILE_ERRORS = (RuntimeError, ValueError, OSError, EOFError, MemoryError)
 
 

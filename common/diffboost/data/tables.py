@@ -12,6 +12,7 @@ from diffboost.data.containment import refuse_special
 from diffboost.data.documents import one_line
 
 LARGEST_TABLE = 1 << 28  # rows; RadImageNet has 1.35 million
+# Arrow's own, and Python's, as which some of them come back.
 _TABLE_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError, OverflowError, MemoryError)
 _KINDS = {
     "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),

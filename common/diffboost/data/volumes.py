@@ -18,6 +18,7 @@ SPACINGS_MM = (1e-4, 1e4)
 HIGHEST_RATIO = 1040  # of deflate's output to its input; 1032 and headers
 _SLACK = 1 << 20  # bytes that may follow the voxels
 _CHUNK = 1 << 20
+# nibabel computes with a header before it checks it: a damaged one ends anywhere.
 _HEADER_ERRORS = (
     OSError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
     zlib.error, MemoryError,
