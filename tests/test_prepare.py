@@ -8,11 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import raw_data
+import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from monai.transforms import Resize
 from PIL import Image
 
 from diffboost.data.slices import INDEX_COLUMNS, read_store, slice_items
-from diffboost.data.transforms import LoadSliced
+from diffboost.data.transforms import LoadSliced, SmoothSlicesd
 from diffboost.files import sha256_of_files
 from diffboost.prepare import prepare
 
@@ -54,6 +57,18 @@ def test_volumes_become_a_store(tmp_path):
     with Image.open(store.store_dir / "contact_sheet.png") as sheet:
         assert sheet.size[0] > 1000 and np.asarray(sheet.convert("L")).std() > 10
     assert not raw_data.store_of(root, "store.partial").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 70, 3), (1, 20, 130), (1, 16, 16, 2)])
+def test_slices_are_smoothed_as_monai_smooths_volumes(shape):
+    image = MetaTensor(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    image.affine = torch.diag(torch.tensor([2.0, 3.0, 4.0, 1.0], dtype=torch.float64))
+    size = {"spatial_size": (32, 32, -1), "mode": "trilinear"}  # gives a picture its D of 1
+    wanted = Resize(**size, anti_aliasing=True)(image)
+    smoothed = SmoothSlicesd("image", 32)({"image": image})["image"]
+    found = Resize(**size)(smoothed)
+    assert torch.allclose(found, wanted, atol=1e-6) and torch.equal(found.affine, wanted.affine)
+    assert torch.equal(smoothed, image) == (max(shape[1:3]) <= 32)
 
 
 def test_hints_hold_the_outline_of_the_label(tmp_path):
