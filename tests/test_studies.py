@@ -183,6 +183,25 @@ def test_paper_small_plans_every_table_and_figure_with_one_synthesis_a_fold(tmp_
     assert words_of(both, "weights") == [f"{place}/on_synthetic/model.pt"] * 2
 
 
+def test_unlabelled_images_teach_each_folds_generator_first(tmp_path):
+    name = "real_breast_20_unlabelled"
+    jobs, output = dry_run(REPOSITORY / f"workflow/experiments/{name}.yaml", tmp_path)
+    stages = ("prepare_unlabelled", "train_on_unlabelled", "finetune", "synthesize")
+    assert [jobs[stage] for stage in stages] == [3] * 4 and jobs["train_segmentation"] == 36
+    commands = bundle_commands(output)
+    for words in commands:
+        check_flags(words, [REPOSITORY], "Snakefile")
+    for fold in "012":
+        folder = f"{tmp_path}/fold{fold}/unlabelled"
+        (first,) = [words for words in commands if f"{folder}/generator" in words]
+        assert words_of([first], "store_dir") == [f"{folder}/store"]
+        assert words_of([first], "inner_fraction") == ["0.0"]
+        assert words_of([first], "epochs") == ["100"] and not words_of([first], "num_cases")
+        (then,) = [words for words in commands if f"{folder}/generator/model.pt" in words]
+        assert words_of([then], "weights") == [f"{folder}/generator/model.pt"]
+        assert words_of([then], "num_cases") + words_of([then], "epochs") == ["20", "300"]
+
+
 def test_paper_prostate_plans_the_papers_scale_and_protocol_on_many_gpus(tmp_path):
     written = (REPOSITORY / "workflow/experiments/paper_prostate.yaml").read_text()
     (tmp_path / "prostate.yaml").write_text(written + "processes: 4\n")
