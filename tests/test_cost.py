@@ -24,9 +24,11 @@ from diffboost.cost.configs import parse
 from diffboost.cost.counting import LiveBytes
 from diffboost.cost.devices import GPUS, find_device
 from diffboost.cost.report import rows
+from diffboost.data.slices import read_store
 from diffboost.generation.backbones import SD15
 from diffboost.prepare import prepare
 from diffboost.stages import stage_configs
+from diffboost.unlabelled import prepare_unlabelled
 
 CONFIGS = stage_configs()
 SIZE = 32
@@ -310,6 +312,22 @@ def test_bad_input_names_the_key(paper_fold, tmp_path, settings, words):
     with pytest.raises(SystemExit) as refused:
         cli.cost(str(paper_fold), runs_dir=str(tmp_path), **settings)
     assert re.search(words, str(refused.value))
+
+
+def test_unlabelled_images_are_counted_as_they_are_trained_on(study, tmp_path):
+    written = yaml.safe_load((study / "small.yaml").read_text())
+    (study / "few.yaml").write_text(
+        yaml.safe_dump(written | {"num_cases": 2, "unlabelled": {"epochs": 3}})
+    )
+    stages = {
+        stage.stage: stage for stage in plan_study(study / "few.yaml", runs_dir=study / "runs")[1]
+    }
+    store = prepare_unlabelled(study / "runs/small/store", tmp_path / "made", fold=0, num_cases=2)
+    number = len(read_store(store).index)
+    assert number == 8 == stages["prepare_unlabelled"].images
+    first, then = stages["train_on_unlabelled"], stages["finetune"]
+    assert (first.images, first.steps) == (3 * number, 3 * 2)
+    assert first.flops / first.images == then.flops / then.images
 
 
 def test_an_auto_ratio_is_bounded_by_its_budget_or_its_largest(study):
