@@ -24,8 +24,10 @@ from results_collection import collect
 
 from diffboost import results
 from diffboost.exhibits import METRIC_NAMES, in_order
+from diffboost.experiments import read_experiment
 from diffboost.figures import STYLE, arm_colors
 from diffboost.plans import uses_variants
+from diffboost.stages import WORKFLOW
 from diffboost.statistics import (
     LOWER_IS_BETTER,
     case_values,
@@ -41,11 +43,14 @@ CURVES = {
     "hippocampus": ("real_hippocampus_5", "real_hippocampus_10", "real_hippocampus_20"),
 }
 MORE_CASES = ("real_hippocampus_10", "real_hippocampus_20")
-MORE_TIME = ("real_hippocampus_10", "real_hippocampus_10_total")  # classical arms train longer
 DEVELOPMENT = "real_breast_dev"
 JOINED = "real_breast_joined"  # what helped there, together
 UNLABELLED = "real_breast_20_unlabelled"  # its generator saw the other images first
-STUDIES = (*CURVES["breast"], UNLABELLED, *CURVES["hippocampus"], MORE_TIME[1])
+MORE_TIME = {  # a study, and one whose classical arms train as long as all of its stages took
+    UNLABELLED: "real_breast_20_total",
+    "real_hippocampus_10": "real_hippocampus_10_total",
+}
+STUDIES = (*CURVES["breast"], UNLABELLED, *CURVES["hippocampus"], *MORE_TIME.values())
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
 
 
@@ -65,12 +70,18 @@ def best_classical(data_dir: Path, study: str) -> str:
     return means[plain].idxmax() if plain else "baseline"
 
 
+def longer_arms(metrics: pd.DataFrame, study: str) -> pd.DataFrame:
+    """The metrics of those arms of a study that its experiment file gives epochs of their own."""
+    longer = read_experiment(WORKFLOW / f"experiments/{study}.yaml").arm_epochs
+    return metrics[metrics.arm.isin(longer)]
+
+
 def over_more_time(few: pd.DataFrame, total: pd.DataFrame, best: str) -> tuple[list[dict], str]:
     """Arms with variants beside classical ones that trained as long as all the others' stages.
 
     Args:
         few: metrics of a study, its base alone.
-        total: of one with the same folds and cases, without variants.
+        total: of one with the same folds and cases: its arms that train longer.
         best: the arm of ``total`` that the others are compared with.
 
     Returns:
@@ -224,10 +235,13 @@ def write_page(output_dir: Path) -> None:
         alone, name = studies[PRIMARY][studies[PRIMARY].fold == 0], f"{PRIMARY}, fold 0 alone"
         references[name] = references[PRIMARY]
         tables[name] = table(alone, references[name])
-    total = None
-    if set(MORE_TIME) <= set(studies):
-        best = best_classical(data_dir, MORE_TIME[1])
-        total = over_more_time(*(studies[name] for name in MORE_TIME), best)
+    totals = {
+        (name, long): over_more_time(
+            studies[name], longer_arms(studies[long], long), best_classical(data_dir, long)
+        )
+        for name, long in MORE_TIME.items()
+        if {name, long} <= set(studies)
+    }
     figures = {}
     for organ, names in CURVES.items():
         present = {name: studies[name] for name in names if name in studies}
@@ -247,11 +261,11 @@ def write_page(output_dir: Path) -> None:
     seconds = {}
     if "training_seconds" in small:
         seconds = small["training_seconds"].set_index(["study", "arm"]).cpu_seconds.to_dict()
-        few, long = MORE_TIME
         seconds |= {
             (long, arm if study == few else f"{arm}, long"): taken
+            for few, long in MORE_TIME.items()
             for (study, arm), taken in seconds.items()
-            if study in MORE_TIME
+            if study in (few, long)
         }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
@@ -267,8 +281,8 @@ def write_page(output_dir: Path) -> None:
         if set(MORE_CASES) <= set(studies) else None,
         joined=None if joined is None else table(joined, "mirror"),
         reading=reading.read_text(encoding="utf-8"),
-        small=small, seconds=seconds, references=references, total=total, metric_names=METRIC_NAMES,
-        lower=LOWER_IS_BETTER,
+        small=small, seconds=seconds, references=references, totals=totals,
+        metric_names=METRIC_NAMES, lower=LOWER_IS_BETTER,
     )  # fmt: skip
     (output_dir / "index.md").write_text(text, encoding="utf-8")
 
