@@ -105,7 +105,7 @@ def lineage_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame)
     groups = index.drop_duplicates("source_sha256").astype(str)
     groups = dict(zip(groups.source_sha256, groups.group, strict=True))
     leaks = []
-    for depth, kind, seen in _seen(lineage):
+    for depth, kind, seen in seen_cases(lineage):
         model = "its lineage" if depth == 0 else f"an ancestor, {depth} back, in its lineage"
         for case, sha256 in seen:
             if sha256 in by_hash:
@@ -116,15 +116,27 @@ def lineage_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame)
     return leaks
 
 
-def _seen(lineage: Mapping, depth: int = 0) -> Iterator[tuple[int, str, Iterable[tuple[str, str]]]]:
-    """Names and hashes of the cases that taught or selected a model, then of its ancestors."""
+def seen_cases(
+    lineage: Mapping, depth: int = 0
+) -> Iterator[tuple[int, str, Iterable[tuple[str, str]]]]:
+    """Names and hashes of the cases that taught or selected a model, then of its ancestors.
+
+    Args:
+        lineage: as ``read_lineage`` gives it.
+        depth: of this lineage below the model's own, which is 0.
+
+    Returns:
+        Depth, ``generator`` (taught) or ``selection``, and pairs (case, hash), one after the other.
+
+    Source: engineering choice (design, "lineage").
+    """
     for key, kind in (("cases", "generator"), ("selection", "selection")):
         cases = lineage.get(key, {})
         if isinstance(cases, pa.Table):
             cases = dict(zip(cases["case"].to_pylist(), cases["sha256"].to_pylist(), strict=True))
         yield depth, kind, cases.items()
     for ancestor in lineage.get("ancestors", []):
-        yield from _seen(ancestor, depth + 1)
+        yield from seen_cases(ancestor, depth + 1)
 
 
 def variant_leaks(

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import torch
 from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
+from diffboost.audit.checks import seen_cases
 from diffboost.audit.copies import CopySearch, Match, in_place
 from diffboost.audit.held_out import held_out_items, synthesize_held_out
 from diffboost.audit.image_quality import image_quality
@@ -118,7 +118,8 @@ def measure_memorization(
 
 def _training_rows(store: SliceStore, lineage: Mapping) -> pd.DataFrame:
     """The store's slices of cases that the generator or an ancestor saw, group by group."""
-    hashes = _seen_hashes(lineage)
+    taught = (seen for _, kind, seen in seen_cases(lineage) if kind == "generator")
+    hashes = {sha256 for seen in taught for _, sha256 in seen}
     rows = store.index[store.index.source_sha256.isin(hashes)]
     if rows.empty:
         raise ValueError(
@@ -126,13 +127,6 @@ def _training_rows(store: SliceStore, lineage: Mapping) -> pd.DataFrame:
             "names; the variants were made from another store"
         )
     return rows.sort_values(["group", "case", "slice"], ignore_index=True)
-
-
-def _seen_hashes(lineage: Mapping) -> set[str]:
-    """Hashes of the cases that a generator and its ancestors were trained on."""
-    cases = lineage.get("cases", {})
-    hashes = set(cases["sha256"].to_pylist() if isinstance(cases, pa.Table) else cases.values())
-    return hashes.union(*map(_seen_hashes, lineage.get("ancestors", [])))
 
 
 def _load(paths: Sequence[Path], size: int) -> Tensor:
