@@ -18,14 +18,12 @@ from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from results_collection import collect
+from results_figures import draw_cases, draw_curves
 
 from diffboost import results
 from diffboost.exhibits import METRIC_NAMES, in_order
 from diffboost.experiments import read_experiment
-from diffboost.figures import STYLE, arm_colors
 from diffboost.plans import uses_variants
 from diffboost.stages import WORKFLOW
 from diffboost.statistics import (
@@ -38,8 +36,10 @@ from diffboost.statistics import (
 )
 
 PRIMARY = "real_breast_all"
+LONGER = ("real_breast_20_longer", "real_breast_all_longer")  # longer segmentation training
 CURVES = {
     "breast": ("real_breast_20", "real_breast_40", "real_breast_80", PRIMARY),
+    "breast_longer": LONGER,
     "hippocampus": ("real_hippocampus_5", "real_hippocampus_10", "real_hippocampus_20"),
 }
 MORE_CASES = ("real_hippocampus_10", "real_hippocampus_20")
@@ -48,9 +48,10 @@ JOINED = "real_breast_joined"  # what helped there, together
 UNLABELLED = "real_breast_20_unlabelled"  # its generator saw the other images first
 MORE_TIME = {  # a study, and one whose classical arms train as long as all of its stages took
     UNLABELLED: "real_breast_20_total",
+    LONGER[0]: "real_breast_20_total",
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
-STUDIES = (*CURVES["breast"], UNLABELLED, *CURVES["hippocampus"], *MORE_TIME.values())
+STUDIES = tuple(dict.fromkeys((*sum(CURVES.values(), ()), UNLABELLED, *MORE_TIME.values())))
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
 
 
@@ -159,64 +160,6 @@ def levers(metrics: pd.DataFrame) -> list[dict]:
     return rows
 
 
-def draw_curves(studies: dict[str, pd.DataFrame], path: Path, sizes: dict[str, str]) -> None:
-    """Mean Dice of each arm over the number of labelled cases, with intervals over test cases."""
-    arms = [arm for arm in ("baseline", "mirror", "rotate", "nnunet", "diffboost",
-            "diffboost+mirror", "diffboost+rotate", "diffboost+nnunet")
-            if any(arm in set(metrics.arm) for metrics in studies.values())]  # fmt: skip
-    colors = arm_colors(arms)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
-        axis = figure.subplots()
-        for number, arm in enumerate(arms):
-            points = []
-            for place, metrics in enumerate(studies.values()):
-                if arm in set(metrics.arm):
-                    values = case_values(metrics).loc[arm, "dice"].dropna().to_numpy()
-                    points.append((place, values.mean(), *mean_interval(values)))
-            if points:
-                x, mean, low, high = (list(column) for column in zip(*points, strict=True))
-                x = [value + 0.03 * (number - len(arms) / 2) for value in x]
-                axis.plot(x, mean, marker="o", markersize=3.5, color=colors[arm], label=arm,
-                          linestyle="-" if uses_variants(arm) else "--")  # fmt: skip
-                axis.vlines(x, low, high, color=colors[arm], linewidth=0.8, alpha=0.6)
-        axis.set_xticks(range(len(studies)), [sizes[name] for name in studies])
-        axis.set_xlabel("labelled cases of a fold (bars: 95 % interval over test cases)")
-        axis.set_ylabel("Dice")
-        figure.legend(frameon=False, fontsize=8, loc="outside right upper")
-        figure.savefig(path, metadata={"Date": None})
-
-
-def draw_cases(metrics: pd.DataFrame, arm: str, reference: str, path: Path) -> None:
-    """Every test case's Dice with an arm over that with the reference; three cases are named.
-
-    These are the greatest gain, the greatest loss, and the median of the gains.
-    """
-    values = case_values(metrics)
-    pair = pd.DataFrame({"x": values.loc[reference, "dice"], "y": values.loc[arm, "dice"]}).dropna()
-    ordered = (pair.y - pair.x).sort_values(kind="stable").index
-    named = {"greatest loss": ordered[0], "median gain": ordered[len(ordered) // 2],
-             "greatest gain": ordered[-1]}  # fmt: skip
-    color = arm_colors(list(metrics.arm.unique()))[arm]
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 4.4), layout="constrained")
-        axis = figure.subplots()
-        axis.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
-        axis.plot(pair.x, pair.y, ".", color=color, markersize=5, alpha=0.5)
-        for what, case in named.items():
-            x, y = pair.loc[case]
-            side = -1 if y >= x or x > 0.8 else 1  # words stand where there is room
-            axis.annotate(
-                f"{what}: {case}", (x, y), xytext=(14 * side, -16 * side),
-                textcoords="offset points", ha="right" if side < 0 else "left", fontsize=7,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.6},
-            )  # fmt: skip
-        axis.set_xlabel(f"Dice with {reference}")
-        axis.set_ylabel(f"Dice with {arm}")
-        axis.set_aspect("equal")
-        figure.savefig(path, metadata={"Date": None})
-
-
 def write_page(output_dir: Path) -> None:
     """Writes index.md and the figures beside it."""
     data_dir = output_dir / "data"
@@ -231,10 +174,11 @@ def write_page(output_dir: Path) -> None:
     if UNLABELLED in studies:
         references[UNLABELLED] = best_classical(data_dir, PRIMARY)
     tables = {name: table(studies[name], references[name]) for name in references}
-    if PRIMARY in studies and studies[PRIMARY].fold.nunique() > 1:
-        alone, name = studies[PRIMARY][studies[PRIMARY].fold == 0], f"{PRIMARY}, fold 0 alone"
-        references[name] = references[PRIMARY]
-        tables[name] = table(alone, references[name])
+    for study in (PRIMARY, LONGER[-1]):
+        if study in studies and studies[study].fold.nunique() > 1:
+            alone, name = studies[study][studies[study].fold == 0], f"{study}, fold 0 alone"
+            references[name] = references[study]
+            tables[name] = table(alone, references[name])
     totals = {
         (name, long): over_more_time(
             studies[name], longer_arms(studies[long], long), best_classical(data_dir, long)
@@ -246,9 +190,9 @@ def write_page(output_dir: Path) -> None:
     for organ, names in CURVES.items():
         present = {name: studies[name] for name in names if name in studies}
         if len(present) > 1:
-            sizes = {name: name.rpartition("_")[2] for name in names}
-            draw_curves(present, output_dir / f"curve_{organ}.svg", sizes)
+            sizes = {name: name.split("_")[2] for name in names}
             figures[organ] = f"curve_{organ}.svg"
+            draw_curves(present, output_dir / figures[organ], sizes)
     cases = {}
     for name, reference in references.items():
         arm = "diffboost" if reference == "baseline" else f"diffboost+{reference}"
@@ -262,7 +206,7 @@ def write_page(output_dir: Path) -> None:
     if "training_seconds" in small:
         seconds = small["training_seconds"].set_index(["study", "arm"]).cpu_seconds.to_dict()
         seconds |= {
-            (long, arm if study == few else f"{arm}, long"): taken
+            (f"{few}, {long}", arm if study == few else f"{arm}, long"): taken
             for few, long in MORE_TIME.items()
             for (study, arm), taken in seconds.items()
             if study in (few, long)
