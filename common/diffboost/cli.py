@@ -45,7 +45,8 @@ def study(
         dataset_dir: used instead of the file's own.
         dry_run: only say what would run.
         runs_dir: folder of all runs, instead of runs/ beside workflow/.
-        snakemake: more options for Snakemake in one string, such as "--executor slurm --jobs 50".
+        snakemake: more options for Snakemake in one string, joined to the flag by an equals sign:
+            --snakemake="--executor slurm --jobs 50".
         target: what to make: report (all that the file orders), table1, table2, figure4, figure6
             or figure7.
         warm: stages share a process that has done their imports; not with several processes a
