@@ -183,6 +183,20 @@ def test_paper_small_plans_every_table_and_figure_with_one_synthesis_a_fold(tmp_
     assert words_of(both, "weights") == [f"{place}/on_synthetic/model.pt"] * 2
 
 
+def test_arms_own_epochs_reach_both_halves_of_synthetic_then_real(tmp_path):
+    """It took baseline's."""
+    experiment = yaml.safe_load((REPOSITORY / "workflow/experiments/demo.yaml").read_text())
+    experiment |= {"arms": ["baseline", "synthetic_then_real"], "folds": [0], "seeds": [0]}
+    experiment |= {"arm_epochs": {"baseline": 200, "synthetic_then_real": 11}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    commands = bundle_commands(dry_run(path, tmp_path / "run")[1])
+    place = f"{tmp_path}/run/fold0/synthetic_then_real/seed0"
+    first = [words for words in commands if f"{place}/on_synthetic" in words]
+    both = [words for words in commands if place in words]
+    assert words_of(first, "epochs") + words_of(both, "epochs") == ["5", "6", "6"]
+
+
 def test_unlabelled_images_teach_each_folds_generator_first(tmp_path):
     name = "real_breast_20_unlabelled"
     jobs, output = dry_run(REPOSITORY / f"workflow/experiments/{name}.yaml", tmp_path)
@@ -282,6 +296,22 @@ def test_a_gain_that_another_seed_turns_round_is_not_shown():
     assert verdict(found["dice"]) == "no gain shown"
 
 
+def test_a_seed_that_one_arm_lacks_leaves_the_rule_as_strict():
+    """The interval over seeds vanished, and the verdict passed it over as that of one seed."""
+    rows = []
+    for seed, gain in enumerate((0.06, 0.0)):
+        rows += metric_rows("baseline", 0, 0, seed=seed) + metric_rows("mirror", gain, 0, seed=seed)
+    both = pd.DataFrame(rows, columns=COLUMNS)
+    rows += metric_rows("baseline", 0, 0, seed=2)
+    unfinished = pd.DataFrame(rows, columns=COLUMNS)
+    found, more = (
+        summarize(metrics, ["baseline", "mirror"])[1]["mirror"]["dice"]
+        for metrics in (both, unfinished)
+    )
+    assert more["training_ci95"] == found["training_ci95"] and found["training_ci95"][0] < 0
+    assert verdict(found) == verdict(more) == "no gain shown"
+
+
 def metric_rows(
     arm: str, gain: float, fold: int = 0, knob: str = "", value: str = "", seed: int = 0
 ) -> list:
@@ -346,6 +376,8 @@ def test_table_2_has_both_aggregates_and_a_verdict(metrics):
     cases = np.concatenate([np.linspace(0.4, 0.7, 12), np.linspace(0.5, 0.8, 12)])
     assert f"| baseline | 0.600 ± {cases.std(ddof=1):.3f} |" in text
     assert re.search(r"\| diffboost \| \+0\.10\d \| .* \| gain shown \|", text)
+    low, high = rows.loc["diffboost", ["training_ci95_low", "training_ci95_high"]]
+    assert np.isnan(low) or f"| {low:+.3f} to {high:+.3f} |" in text
 
 
 def texts(svg: Path) -> str:

@@ -132,7 +132,8 @@ def training_interval(metrics: pd.DataFrame, arm: str, reference: str, metric: s
     """
     finite = metrics[(metrics["metric"] == metric) & np.isfinite(metrics["value"])]
     values = finite.groupby(["arm", "seed", "case"])["value"].mean()
-    difference = (values[arm] - values[reference]).unstack("case").dropna(axis="columns")
+    difference = (values[arm] - values[reference]).unstack("case")
+    difference = difference.dropna(how="all").dropna(axis="columns")  # seeds of both, then cases
     return crossed_interval(difference.to_numpy())["ci95"]
 
 

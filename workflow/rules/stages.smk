@@ -28,7 +28,7 @@ def segmentation_run(wildcards, section="segmentation", on_synthetic=False):
     pretrained = wildcards.arm == plans.SYNTHETIC_THEN_REAL
     knobs = plans.segmentation_knobs(STUDY, setting, settings["arm"])
     if pretrained:
-        epochs = knobs.get("epochs", EPOCHS)
+        epochs = plans.segmentation_knobs(STUDY, setting, wildcards.arm).get("epochs", EPOCHS)
         first = RUN / RESULT.format(**wildcards) / "on_synthetic"
         if on_synthetic:
             settings |= {"arm": "synthetic", "output_dir": first}
