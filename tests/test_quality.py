@@ -139,8 +139,52 @@ def test_calibration_loses_what_is_allowed_and_finds_the_rest():
     assert 0.25 <= strict.lost <= 0.3
     with pytest.raises(ValueError, match="max_lost: 1.5"):
         calibrate(scores, ("a", "b"), max_lost=1.5)
-    with pytest.raises(ValueError, match="0 good samples"):
+    with pytest.raises(ValueError, match="0 cases with good samples"):
         calibrate(scores[scores.kind != ""], ("a", "b"), max_lost=0.05)
+
+
+def test_cases_that_have_defects_alone_leave_a_calibration_whole():
+    """Cases 0 and 5 of six, the only ones with good samples, fell into one part: all was kept."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"a": rng.normal(0 if good else 8, 1), "kind": "" if good else "noise", "case": f"c{case}"}
+        for case in range(6)
+        for good in ([False] if case in (1, 2, 3, 4) else [False, True])
+        for _ in range(20)
+    ]
+    judge = calibrate(pd.DataFrame(rows), ("a",), max_lost=0.05)
+    assert np.isfinite(judge.bias) and judge.found == {"noise": 1.0} and judge.lost < 0.1
+    assert calibrate(pd.DataFrame(rows), ("a",), max_lost=0.999).lost <= 1
+    with pytest.raises(ValueError, match="calibration: 1 cases with good samples"):
+        calibrate(pd.DataFrame([row for row in rows if row["case"] != "c5"]), ("a",), 0.05)
+
+
+def test_slices_labelled_all_over_or_nowhere_are_compared_by_what_they_have():
+    """One of them made every gray level's distance NaN, and the filter kept all."""
+    usual = [sample_of(disc(16, 16), seed) for seed in range(8)]
+    pairs = [(sample.image, sample.label) for sample in usual]
+    full = (usual[0].image, np.ones((SIZE, SIZE), np.uint8))
+    for reference in (describe_reference([*pairs, full]), describe_reference([full])):
+        assert np.isfinite([*reference.middle.values(), *reference.spread.values()]).all()
+        for label in (usual[1].label, np.zeros_like(usual[1].label), full[1]):
+            sample = Sample("c", usual[1].image, label, usual[1].edges, usual[1].edges)
+            scores = score_sample(view_of(sample, label > 0), label, sample.hint, reference)
+            assert 0 <= scores["intensity_distance"] <= quality_scores.FARTHEST
+            assert np.isnan(scores.get("contrast", 0)) == label.all()  # no border to look at
+
+
+def test_a_score_that_a_sample_lacks_says_nothing():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"a": rng.normal(0 if good else 8), "b": np.nan if number % 3 else rng.normal(),
+         "kind": "" if good else "noise", "case": f"c{number % 6}"}
+        for number in range(240)
+        for good in (True, False)
+    ]  # fmt: skip
+    judge = calibrate(pd.DataFrame(rows), ("a", "b"), max_lost=0.05)
+    assert judge.found == {"noise": 1.0} and 0.02 < judge.lost <= 0.05
+    lacking = judge.parts(pd.DataFrame({"a": [0.0, 8.0], "b": [np.nan, np.nan]}))
+    assert (lacking[:, 1] == 0).all() and lacking[0, 0] > lacking[1, 0]
 
 
 # --- a store, a segmenter that sees dark pixels, variants -----------------------------------------

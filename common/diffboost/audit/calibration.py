@@ -43,10 +43,9 @@ class Judge:
     def parts(self, scores: pd.DataFrame) -> np.ndarray:
         """What each score adds to the verdict, (rows, N); 0 where it is as in good samples.
 
-        Two scores share what their product adds.
+        Two scores share what their product adds. A score that a sample lacks (NaN) adds nothing.
         """
-        values = scores[list(self.names)].to_numpy(float)
-        values = np.clip((values - self.middle) / self.spread, -FARTHEST, FARTHEST)
+        values = _standardized(scores[list(self.names)].to_numpy(float), self.middle, self.spread)
         return values * (self.weights + values @ self.products)
 
     def verdict(self, scores: pd.DataFrame) -> np.ndarray:
@@ -73,8 +72,8 @@ class Judge:
 def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Judge:
     """A judge that loses at most a share of good samples, of cases that it did not see.
 
-    The threshold is the order statistic of the good samples' verdicts of which ``max_lost`` lie
-    below in expectation; these verdicts come from regressions on other cases.
+    The threshold is the order statistic of the good samples' verdicts below which a share of about
+    ``max_lost`` lies, up to one sample; these verdicts come from regressions on other cases.
 
     Args:
         scores: a row a sample: the scores, ``case``, and ``kind`` of the defect, empty for none.
@@ -82,20 +81,22 @@ def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Ju
         max_lost: share of good samples that may be rejected, in (0, 1).
 
     Raises:
-        ValueError: ``max_lost`` is outside of its range, good or defective samples are missing, or
-            they are of one case.
+        ValueError: ``max_lost`` is outside of its range, good samples are not of two cases at
+            least, or defective ones are missing.
 
     Source: engineering choice; the threshold is split conformal prediction's.
     """
     if not 0 < max_lost < 1:
         raise ValueError(f"max_lost: {max_lost}; a share between 0 and 1 is needed")
     good = (scores.kind == "").to_numpy()
-    cases = scores.case.unique()
-    if len(cases) < 2 or good.all() or not good.any():
+    with_good = set(scores.case[good])
+    if len(with_good) < 2 or good.all():
         raise ValueError(
-            f"calibration: {len(cases)} cases, {good.sum()} good samples, {(~good).sum()} defects; "
-            "two cases, and samples of both sides are needed"
+            f"calibration: {len(with_good)} cases with good samples, {(~good).sum()} defects; "
+            "two such cases, and defects are needed"
         )
+    # Cases with good samples come first: two of them never share a part, so none lacks them.
+    cases = sorted(scores.case.unique(), key=lambda case: case not in with_good)
     parts = scores.case.map({case: number % PARTS for number, case in enumerate(cases)}).to_numpy()
     verdicts = np.zeros(len(scores))
     for part in np.unique(parts):
@@ -103,7 +104,7 @@ def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Ju
             scores[parts == part]
         )
     ordered = np.sort(verdicts[good])
-    threshold = ordered[int(max_lost * (len(ordered) + 1))]
+    threshold = ordered[min(int(max_lost * (len(ordered) + 1)), len(ordered) - 1)]
     rejected = pd.Series(verdicts < threshold).groupby(scores.kind.to_numpy()).mean()
     whole = _regress(scores, names)
     return replace(
@@ -116,12 +117,18 @@ def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Ju
     )
 
 
+def _standardized(values: np.ndarray, middle: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Scores in standard deviations from the middle, cut at FARTHEST; 0 where there is none."""
+    return np.nan_to_num(np.clip((values - middle) / spread, -FARTHEST, FARTHEST))
+
+
 def _regress(scores: pd.DataFrame, names: Sequence[str]) -> Judge:
     """Logistic regression of good or not; both sides weigh the same, and so do kinds of defects."""
     values = scores[list(names)].to_numpy(float)
     good = (scores.kind == "").to_numpy()
-    middle, spread = np.median(values[good], 0), np.maximum(values[good].std(0), 1e-3)
-    inputs = np.clip((values - middle) / spread, -FARTHEST, FARTHEST)
+    values[:, np.isnan(values[good]).all(0)] = 0  # no good sample has it, so it can tell nothing
+    middle, spread = np.nanmedian(values[good], 0), np.maximum(np.nanstd(values[good], 0), 1e-3)
+    inputs = _standardized(values, middle, spread)
     first, second = np.triu_indices(len(names))
     products = inputs[:, first] * inputs[:, second] / 2
     inputs = np.hstack([inputs, products, np.ones((len(inputs), 1))])

@@ -113,11 +113,16 @@ class Reference:
     darker: bool
 
     def distance(self, statistics: dict[str, float]) -> float:
-        """Root mean square of the robust z-scores of some statistics, FARTHEST at most."""
+        """Root mean square of the robust z-scores of some statistics, FARTHEST at most.
+
+        Those that no real slice has (of the inside, where no slice is labelled) are passed over.
+        """
         scores = [
-            (value - self.middle[name]) / self.spread[name] for name, value in statistics.items()
+            (value - self.middle[name]) / self.spread[name]
+            for name, value in statistics.items()
+            if name in self.middle
         ]
-        return float(min(np.sqrt(np.mean(np.square(scores))), FARTHEST))
+        return float(min(np.sqrt(np.mean(np.square(scores))), FARTHEST)) if scores else FARTHEST
 
 
 def describe_reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Reference:
@@ -139,7 +144,7 @@ def describe_reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Refere
         found = _gray_levels(image, label) | _texture(image)
         for name, value in found.items():
             columns.setdefault(name, []).append(value)
-        if label.any():
+        if label.any() and not label.all():
             inner, outer = rims(label > 0)
             darker.append(image[inner].mean() < image[outer].mean())
     low, middle, high = (
@@ -151,12 +156,12 @@ def describe_reference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Refere
 
 
 def _gray_levels(image: np.ndarray, label: np.ndarray) -> dict[str, float]:
-    """Mean and spread of the gray levels outside of the label and, where there is one, inside."""
-    inside = label > 0
-    found = {"outside_mean": image[~inside].mean(), "outside_std": image[~inside].std()}
-    if inside.any():
-        found |= {"inside_mean": image[inside].mean(), "inside_std": image[inside].std()}
-    return {name: float(value) for name, value in found.items()}
+    """Mean and spread of the gray levels outside of the label and inside, where there are any."""
+    found = {}
+    for name, part in (("outside", image[label == 0]), ("inside", image[label > 0])):
+        if part.size:
+            found |= {f"{name}_mean": float(part.mean()), f"{name}_std": float(part.std())}
+    return found
 
 
 def _texture(image: np.ndarray) -> dict[str, float]:
@@ -229,8 +234,13 @@ def _soft_dice(soft: np.ndarray, masks: np.ndarray) -> float:
 
 
 def _border(view: View, label: np.ndarray, reference: Reference) -> dict[str, float]:
-    """Contrast and edges along the label's border, and the same less the best of moved labels."""
+    """Contrast and edges along the label's border, and the same less the best of moved labels.
+
+    NaN where the label has no border within the picture: it fills it.
+    """
     foreground = label > 0
+    if foreground.all():
+        return dict.fromkeys((*FAMILIES["border"], "found_border", "weakest_found"), float("nan"))
     inner, outer = rims(foreground)
     line = ndimage.binary_dilation(foreground) & ~ndimage.binary_erosion(foreground, border_value=1)
     sign = 1 if reference.darker else -1
