@@ -61,6 +61,11 @@ def test_one_slice_is_measured_in_two_dimensions():
     flat = case_metrics(pred[..., 0], label[..., 0], (1, 1), num_classes=2)
     assert case_metrics(pred, label, (1, 1, 7), num_classes=2) == flat
     assert flat[1]["assd_mm"] > 0  # in 3D every pixel would be edge, and the distance 0
+    for axis in (0, 1):  # a sagittal and a coronal slice, in the source's axes
+        masks = (mask[..., 0].unsqueeze(axis) for mask in (pred, label))
+        spacing = [1, 1]
+        spacing.insert(axis, 7)
+        assert case_metrics(*masks, spacing, num_classes=2) == flat
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,11 @@ def case_metrics(
     check_rules(empty_masks, smooth, distances)
     if pred.shape != label.shape:
         raise ValueError(f"pred: shape {tuple(pred.shape)}, label has {tuple(label.shape)}")
-    if pred.ndim == 3 and pred.shape[-1] == 1:
-        pred, label = pred[..., 0], label[..., 0]
     spacing = [float(value) for value in spacing_mm[: pred.ndim]]
+    if pred.ndim == 3 and 1 in pred.shape:  # one slice has no surface to its sides
+        axis = pred.shape.index(1)
+        pred, label = pred.squeeze(axis), label.squeeze(axis)
+        del spacing[axis]
     diagonal = math.hypot(*(n * mm for n, mm in zip(pred.shape, spacing, strict=True)))
     scores = {}
     for index in range(1, num_classes):
