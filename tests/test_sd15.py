@@ -203,6 +203,20 @@ def test_schedules_and_optimizers(backbone):
     assert rates["one_cycle"][-1] < 1e-8
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 19, 20, 21, 40])
+def test_the_shortest_runs_warm_up_too(num_steps):
+    """20 steps divided by zero, and fewer began at the peak."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    scheduler = build_schedule(optimizer, "one_cycle", 1e-3, num_steps)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[0] == pytest.approx(1e-3 / 25) and max(rates[:2]) > 0
+    assert num_steps == 1 or max(rates) == rates[1] == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize(
     "wish, message",
     [

@@ -131,7 +131,8 @@ def build_schedule(
 
     Args:
         optimizer: gets the rates.
-        schedule: one_cycle (5 % warm-up, then cosine decay to zero) or constant (facts 3).
+        schedule: one_cycle (5 % warm-up, of two steps at least, then cosine decay to zero) or
+            constant (facts 3).
         learning_rate: the peak, or the constant.
         num_steps: optimizer steps of the whole run.
 
@@ -143,7 +144,10 @@ def build_schedule(
     _refuse_unknown("schedule", schedule, SCHEDULES)
     if schedule == "constant":
         return get_scheduler("constant", optimizer)
-    return OneCycleLR(optimizer, max_lr=learning_rate, total_steps=num_steps, pct_start=0.05)
+    steps = max(num_steps, 2)  # torch's schedule divides by the steps of each part less one
+    return OneCycleLR(
+        optimizer, max_lr=learning_rate, total_steps=steps, pct_start=max(0.05, 2 / steps)
+    )
 
 
 class AccumulatingTrainer(SupervisedTrainer):
