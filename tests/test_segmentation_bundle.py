@@ -218,6 +218,21 @@ def test_percentiles_of_slices_fill_the_range_of_each(tmp_path):
         read_task(VOLUMES | {"intensity_per": "slices"})
 
 
+def test_a_nearly_empty_slice_stays_in_range(tmp_path):
+    """Its percentiles are equal: MONAI shifted it by them and clipped nothing; it had 199."""
+    path = tmp_path / "case.nii.gz"
+    volume = np.random.default_rng(0).uniform(0, 1, (40, 40, 3))
+    volume[..., 2] = 0
+    volume[20:22, 20:22, 2] = 200  # a quarter of a percent
+    nib.save(nib.Nifti1Image(volume.astype(np.float32), np.eye(4)), path)
+    trained = case_preprocessing(read_task(VOLUMES | {"intensity_per": "slice"}), 40, False)
+    parser = read_inference(dataset_dir=str(tmp_path), intensity="slice_percentile", image_size=40)
+    for preprocessing in (trained, parser.get_parsed_content("preprocessing")):
+        image = preprocessing({"image": str(path)})["image"].as_tensor()[0]
+        assert image.amin((0, 1)).tolist() == [-1, -1, -1]
+        assert image.amax((0, 1)).tolist() == pytest.approx([1, 1, 1], abs=1e-4)
+
+
 def test_misspelt_intensity_is_refused(tmp_path):
     with pytest.raises(RuntimeError):
         read_inference(intensity="percentil").get_parsed_content("preprocessing")

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Hashable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -237,5 +238,9 @@ def _intensity(intensity: Mapping, per_slice: bool) -> Transform:
     if intensity["policy"] != "percentile":
         return ScaleIntensityRanged("image", low, high, **target)
     scale = ScaleIntensityRangePercentilesd("image", low, high, channel_wise=per_slice, **target)
+    if not per_slice:
+        return scale
     turn = Transposed("image", (3, 1, 2, 0))  # slices in the place of channels, and back
-    return Compose([turn, scale, turn]) if per_slice else scale
+    # MONAI does not clip a slice that is nearly all of one value, whose percentiles are equal.
+    clip = Lambdad("image", func=partial(torch.clamp, min=-1, max=1))
+    return Compose([turn, scale, turn, clip])
