@@ -23,7 +23,7 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline
 
 from diffboost.conditions.edges import load_edge_detector
-from diffboost.conditions.prompts import NEGATIVE_PROMPT
+from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
 from diffboost.cost.configs import parse, value
 from diffboost.cost.units import latent_shape
 from diffboost.data.phantoms import phantom_image
@@ -88,7 +88,7 @@ def draw_batch(backbone: str, size: int, side: int, seed: int) -> dict[str, torc
         "inputs": torch.stack(noise),
         "context": embed_prompts(backbone, prompts),
         "edge": load_edge_detector("gradient")(images / 127.5 - 1),
-        "negative_context": embed_prompts(backbone, [NEGATIVE_PROMPT]).expand(size, -1, -1),
+        "negative_context": embed_prompts(backbone, [STOCK_NEGATIVE_PROMPT]).expand(size, -1, -1),
     }
 
 

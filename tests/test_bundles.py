@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from documents import DOCUMENTS
+from monai.bundle import ConfigParser as BundleParser
 from monai.bundle.config_item import ComponentLocator
 from packaging.requirements import Requirement
 
@@ -278,6 +279,24 @@ def test_the_workflow_sets_knobs_that_exist(tmp_path):
     for words in commands:
         check_flags(words, [REPOSITORY], "Snakefile")
         assert words[words.index("--image_size") + 1] == "64", words  # every stage hears of it
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{PRETRAIN}/configs/train.yaml",
+        f"{PRETRAIN}/configs/evaluate.yaml",
+        f"{FINETUNE}/configs/train.yaml",
+        "diffboost_synthesis/configs/inference.yaml",
+        "diffboost_segmentation/configs/train.yaml",
+    ],
+)
+def test_a_slice_store_can_be_given_by_monais_name_for_it(name):
+    """A run that was given `dataset_dir` read another store in silence."""
+    config = read(REPOSITORY / "bundles" / name)
+    parser = BundleParser(config | {"dataset_dir": "elsewhere"})
+    assert parser.get_parsed_content("store_dir") == "elsewhere"
+    assert "@store_dir" in str(config)  # which the rest of the file reads
 
 
 def test_a_wrong_flag_is_found():

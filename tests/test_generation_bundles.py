@@ -14,6 +14,7 @@ from monai.bundle import run
 from PIL import Image
 
 from diffboost.audit.fidelity import correlation
+from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
 from diffboost.data.slices import read_store
 from diffboost.generation.lineage import read_lineage
 from diffboost.prepare import prepare
@@ -197,6 +198,23 @@ def test_paper_sampling_overlay(folder, generator):
     manifest = pd.read_parquet(folder / "paper" / "manifest.parquet")
     assert manifest.scheduler[0] == "ddim" and manifest.num_inference_steps[0] == 20
     assert manifest.guidance_scale[0] == 9.0 and manifest.phrase_weight[0] == 0.005
+    assert manifest.negative_prompt[0] == STOCK_NEGATIVE_PROMPT
+
+
+def test_guidance_leads_away_from_the_empty_prompt_unless_another_is_given(folder, generator):
+    knobs = {"guidance_scale": 5.0, "ratio": 1, "num_inference_steps": 2}
+    stores = [
+        synthesize(folder, generator, name, **knobs | given)
+        for name, given in (
+            ("guided", {}),
+            ("guided_empty", {"negative_prompt": ""}),
+            ("guided_stock", {"negative_prompt": STOCK_NEGATIVE_PROMPT}),
+        )
+    ]
+    name = next((stores[0] / "images").iterdir()).name
+    images = [np.asarray(Image.open(store / "images" / name)).astype(int) for store in stores]
+    assert (images[0] == images[1]).all() and abs(images[0] - images[2]).max() > 0
+    assert pd.read_parquet(stores[0] / "manifest.parquet").negative_prompt.unique() == [""]
 
 
 def test_generator_of_another_fold_is_refused(folder, generator):

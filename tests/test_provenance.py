@@ -16,6 +16,7 @@ from torchrun import bundle_settings
 
 from diffboost.audit.commands import provenance
 from diffboost.audit.provenance import audit_provenance
+from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
 from diffboost.generation.provenance import (
     FACTS,
     OWN_DECODER,
@@ -67,6 +68,7 @@ def test_a_file_says_in_words_that_it_is_synthetic_and_holds_all_facts():
 def test_files_of_older_formats_say_what_was_always_so_and_are_written_as_they_were():
     new = FACTS_OF_ONE | {"guidance_interval": "[0.0, 1.0]", "control_interval": "[0.0, 1.0]"}
     new |= {"deformation_px": 0.0, "deformation_spacing_px": 16}
+    new |= {"negative_prompt": STOCK_NEGATIVE_PROMPT}
     old = new | {"format": 1, "decoder": OWN_DECODER, "decoder_sha256": new["backbone_sha256"]}
     data = variant_png(np.zeros((4, 4)), old)
     assert is_intact(data) and read_facts(data) == old
@@ -74,7 +76,10 @@ def test_files_of_older_formats_say_what_was_always_so_and_are_written_as_they_w
     data = variant_png(np.zeros((4, 4)), new | {"format": 2})
     assert read_facts(data) == new | {"format": 2}
     assert b"diffboost:decoder" in data and b"deformation" not in data
-    assert b"diffboost:deformation_px" in variant_png(np.zeros((4, 4)), new)
+    data = variant_png(np.zeros((4, 4)), new | {"format": 3})
+    assert read_facts(data) == new | {"format": 3}
+    assert b"diffboost:deformation_px" in data and b"negative_prompt" not in data
+    assert b"diffboost:negative_prompt" in variant_png(np.zeros((4, 4)), new)
 
 
 def test_every_byte_is_sealed():

@@ -125,6 +125,7 @@ def synthesize_held_out(
         image_size=image_size,
         license=LICENSE,
         purpose=REASON,
+        negative_prompt=told["negative_prompt"],
         **sampling,
         **{name: told[name] for name in SHARED},
     )

@@ -18,8 +18,8 @@ ABBREVIATIONS = {
     "pcl": "posterior cruciate ligament",
 }
 
-# Stock negative prompt of the ControlNet examples, which the paper's sampling code uses.
-NEGATIVE_PROMPT = (
+# Negative prompt of the ControlNet examples, which the paper's sampling code uses.
+STOCK_NEGATIVE_PROMPT = (
     "longbody, lowres, bad anatomy, bad hands, missing fingers, extra digit, fewer digits, "
     "cropped, worst quality, low quality"
 )

@@ -21,10 +21,11 @@ import transformers
 from PIL import Image, features
 
 from diffboost import __version__
+from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
 from diffboost.data.slices import write_image
 
 PREFIX = "diffboost:"
-FORMAT = 3  # of these facts
+FORMAT = 4  # of these facts
 DESCRIPTION = (
     "Synthetic image, drawn by a generative model (DiffBoost) from the edges of a training slice. "
     "It shows no person; use it for research, never for diagnosis."
@@ -41,6 +42,7 @@ RUN_FACTS = {
     "precision": str, "batch_size": int, "image_size": int, "backbone": str,
     "backbone_sha256": str, "model_sha256": str, "lineage_sha256": str, "license": str,
     "purpose": str, "deformation_px": float, "deformation_spacing_px": int,
+    "negative_prompt": str,
 }  # fmt: skip
 MACHINE_FACTS = {
     "format": int, "versions": str, "machine": str, "threads": int, "matmul_precision": str,
@@ -55,6 +57,7 @@ BEFORE_FORMAT = {
         "decoder": OWN_DECODER, "decoder_sha256": None,
     },
     3: {"deformation_px": 0.0, "deformation_spacing_px": 16},
+    4: {"negative_prompt": STOCK_NEGATIVE_PROMPT},
 }  # fmt: skip
 
 

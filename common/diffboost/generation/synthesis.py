@@ -7,7 +7,7 @@ import torch
 from monai.engines import PrepareBatch
 from monai.transforms import Transform
 
-from diffboost.conditions.prompts import NEGATIVE_PROMPT, augmentation_phrase
+from diffboost.conditions.prompts import augmentation_phrase
 from diffboost.data.slices import read_store, slice_items
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files
@@ -167,6 +167,8 @@ class VariantConditions(Transform):
         prompt_weights: weights of ``prompt``, ``phrase`` and ``style`` in the embedding's mix.
         image_size: side in pixels.
         noise_address: see :func:`diffboost.generation.sampling.variant_noise`.
+        negative_prompt: what guidance leads away from; "" is what the empty prompts of finetuning
+            teach, and what a distilled generator was guided by.
         device: where the text encoder runs.
 
     Raises:
@@ -182,6 +184,7 @@ class VariantConditions(Transform):
         prompt_weights: Mapping[str, float],
         image_size: int,
         noise_address: str = "case",
+        negative_prompt: str = "",
         device: str | torch.device = "cpu",
     ) -> None:
         if noise_address not in NOISE_ADDRESSES:
@@ -190,12 +193,13 @@ class VariantConditions(Transform):
             )
         self.noise_address = noise_address
         self.prompt_weights = dict(prompt_weights)
+        self.negative_prompt = negative_prompt
         config = load_config(backbone, "vae")
         side = image_size // 2 ** (len(config["block_out_channels"]) - 1)
         self.latent_shape = (config["latent_channels"], side, side)
         self.load = LoadSliced(["edge"], image_size=image_size)
         texts = {item["prompt"] + self._suffix() for item in data}
-        texts |= {item["phrase"] for item in data} | {STYLE_PROMPT, NEGATIVE_PROMPT}
+        texts |= {item["phrase"] for item in data} | {STYLE_PROMPT, negative_prompt}
         texts = sorted(texts)
         embeddings = embed_prompts(backbone, texts, device, batch_size=1)
         self.embedding = dict(zip(texts, embeddings, strict=True))
@@ -217,7 +221,7 @@ class VariantConditions(Transform):
             "image": variant_noise(*address, self.latent_shape, self.noise_address),
             "step_seeds": variant_step_seed(*address, self.noise_address),
             "context": mix_embeddings(parts, self.prompt_weights),
-            "negative_context": self.embedding[NEGATIVE_PROMPT],
+            "negative_context": self.embedding[self.negative_prompt],
             "edge": self.load({"edge": data["edge"]})["edge"],
             "case": data["case"],
             "slice": data["slice"],

@@ -31,6 +31,7 @@ def variant_facts(
     purpose: str = "training of a segmenter",
     deformation_px: float = 0.0,
     deformation_spacing_px: int = 16,
+    negative_prompt: str = "",
 ) -> dict:
     """What all variants of a run share; stands in each of them and in the manifest.
 
@@ -41,7 +42,7 @@ def variant_facts(
         scheduler, num_inference_steps, guidance_scale, guidance_interval: of the inferer.
         control_scale, control_interval, precision: of the inferer.
         decoder: of the inferer; named, and hashed.
-        prompt_weights, image_size: of :class:`VariantConditions`.
+        prompt_weights, negative_prompt, image_size: of :class:`VariantConditions`.
         batch_size: variants a pass, on which rounding depends.
         license: terms of the variants, in words.
         purpose: what they are for, in words.
@@ -81,6 +82,7 @@ def variant_facts(
         "purpose": purpose,
         "deformation_px": deformation_px,
         "deformation_spacing_px": deformation_spacing_px,
+        "negative_prompt": negative_prompt,
     }
     return {name: kind(facts[name]) for name, kind in RUN_FACTS.items()}
 
@@ -96,7 +98,8 @@ def variant_settings(facts: Mapping) -> tuple[dict, dict]:
 
     Source: engineering choice.
     """
-    conditions = {name: facts[name] for name in ("image_size", "noise_address")}
+    names = ("image_size", "noise_address", "negative_prompt")
+    conditions = {name: facts[name] for name in names}
     conditions["prompt_weights"] = json.loads(facts["prompt_weights"])
     names = ("scheduler", "num_inference_steps", "guidance_scale", "control_scale", "precision")
     sampling = {name: facts[name] for name in names}
