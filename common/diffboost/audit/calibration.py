@@ -124,7 +124,7 @@ def _standardized(values: np.ndarray, middle: np.ndarray, spread: np.ndarray) ->
 
 def _regress(scores: pd.DataFrame, names: Sequence[str]) -> Judge:
     """Logistic regression of good or not; both sides weigh the same, and so do kinds of defects."""
-    values = scores[list(names)].to_numpy(float)
+    values = scores[list(names)].to_numpy(float, copy=True)
     good = (scores.kind == "").to_numpy()
     values[:, np.isnan(values[good]).all(0)] = 0  # no good sample has it, so it can tell nothing
     middle, spread = np.nanmedian(values[good], 0), np.maximum(np.nanstd(values[good], 0), 1e-3)

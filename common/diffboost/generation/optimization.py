@@ -144,7 +144,7 @@ def build_schedule(
     _refuse_unknown("schedule", schedule, SCHEDULES)
     if schedule == "constant":
         return get_scheduler("constant", optimizer)
-    steps = max(num_steps, 2)  # torch's schedule divides by the steps of each part less one
+    steps = max(num_steps, 3)  # torch's schedule divides by the steps of each part less one
     return OneCycleLR(
         optimizer, max_lr=learning_rate, total_steps=steps, pct_start=max(0.05, 2 / steps)
     )
