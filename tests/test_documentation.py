@@ -85,6 +85,16 @@ def test_every_command_exists(path):
 
 
 @every_document
+def test_a_documented_training_says_where_it_writes(path):
+    """By default it would write to models/, which holds the shipped weights."""
+    text = path.read_text(encoding="utf-8")
+    commands = [*shell_commands(text), *inline_commands(text, "python")]
+    for words in commands:
+        if any(re.search(r"\btrain\.yaml", word) for word in words):
+            assert "--output_dir" in words, " ".join(words)
+
+
+@every_document
 def test_every_named_path_exists(path):
     for name in sorted(tree_paths(path.read_text(encoding="utf-8"))):
         if MADE.match(name):
