@@ -97,6 +97,15 @@ def test_a_documented_training_says_where_it_writes(path):
 
 
 @every_document
+def test_no_command_names_a_version_of_ours(path):
+    """It would go stale with the next one; the pages say `<version>`."""
+    for _, block in fences(path.read_text(encoding="utf-8")):
+        named = re.findall(r"""(?:diffboost|pretrain|finetune|synthesis|segmentation)-\d[\w.]*"""
+                           r"""|\bversion=["']?\d[\w.]*""", block)  # fmt: skip
+        assert not named, named
+
+
+@every_document
 def test_every_named_path_exists(path):
     for name in sorted(tree_paths(path.read_text(encoding="utf-8"))):
         if MADE.match(name):
