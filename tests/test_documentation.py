@@ -6,6 +6,7 @@ Knobs of `monai.bundle run` are held to the configs in test_bundles.py, for thes
 import ast
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,9 @@ from documents import (
 from monai.bundle import run
 
 from diffboost import cli
-from diffboost.data.tasks import read_task
+from diffboost.data.tasks import DEFAULTS, LAYOUTS, REQUIRED, read_task
 from diffboost.experiments import read_experiment
+from diffboost.plans import Experiment
 from diffboost.prepare import prepare
 
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
@@ -82,6 +84,25 @@ def test_every_command_exists(path):
     for program in ("diffboost", "make", "python"):
         for words in inline_commands(text, program):
             check_command(words)
+
+
+@every_document
+def test_a_documented_training_says_where_it_writes(path):
+    """By default it would write to models/, which holds the shipped weights."""
+    text = path.read_text(encoding="utf-8")
+    commands = [*shell_commands(text), *inline_commands(text, "python")]
+    for words in commands:
+        if any(re.search(r"\btrain\.yaml", word) for word in words):
+            assert "--output_dir" in words, " ".join(words)
+
+
+@every_document
+def test_no_command_names_a_version_of_ours(path):
+    """It would go stale with the next one; the pages say `<version>`."""
+    for _, block in fences(path.read_text(encoding="utf-8")):
+        named = re.findall(r"""(?:diffboost|pretrain|finetune|synthesis|segmentation)-\d[\w.]*"""
+                           r"""|\bversion=["']?\d[\w.]*""", block)  # fmt: skip
+        assert not named, named
 
 
 @every_document
@@ -172,6 +193,27 @@ def documented_task(page: str, name: str) -> dict:
     text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
     found = [yaml.safe_load(block) for language, block in fences(text) if language == "yaml"]
     return next(content for content in found if content["name"] == name)
+
+
+def test_the_page_of_tasks_lists_every_key_with_its_default_and_every_layout():
+    text = (REPOSITORY / "docs/new_task.md").read_text(encoding="utf-8")
+    layouts, keys = (part.split("\n\n")[0] for part in re.split(r"(?:\|---)+\|\n", text)[1:])
+    assert re.findall(r"^\| `(\w+)`", layouts, re.M) == list(LAYOUTS)
+    told = {}
+    for row in keys.splitlines():
+        names, default = (cell.strip() for cell in row.split(" | ")[:2])
+        value = None if default == "needed" else yaml.safe_load(default.strip("`"))
+        told |= dict.fromkeys(re.findall(r"`(\w+)`", names), (default == "needed", value))
+    known = dict.fromkeys(REQUIRED, (True, None))
+    assert told == known | {key: (False, value) for key, value in DEFAULTS.items()}
+
+
+def test_the_readme_lists_every_key_of_an_experiment():
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| key of an experiment |")[2].partition("\n\n")[0]
+    rows = [row.split(" | ")[0] for row in table.splitlines()[2:]]
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert told == {entry.name for entry in fields(Experiment)} - {"ablations"}
 
 
 def test_the_task_of_the_page_and_the_audits_command_run(tmp_path, monkeypatch, caplog):

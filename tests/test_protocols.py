@@ -22,6 +22,8 @@ CONFIGS = {
     "segmentation": "diffboost_segmentation/configs/train.yaml",
     "evaluate": "diffboost_segmentation/configs/evaluate.yaml",
 }
+# "facts 16 to 18, 21"; those of performance_facts have points, and are another list.
+CITATION = re.compile(r"\b[Ff]acts,? (?:items? )?(\d+(?:(?:, | to | and )\d+)*)\b(?!\.\d)")
 KNOB = re.compile(r"`(\w+)\.(\w+): (.+)`")
 
 
@@ -71,6 +73,21 @@ def test_every_item_of_the_facts_is_told_of_on_the_page():
         for first, last in re.findall(r"(\d+)(?: to (\d+))?", numbers):
             told |= set(range(int(first), int(last or first) + 1))
     assert told == set(range(1, 39))
+
+
+def test_every_cited_number_of_the_facts_is_a_line_of_their_page():
+    page = (ROOT / "docs" / "facts.md").read_text(encoding="utf-8")
+    lines = [int(number) for number in re.findall(r"^\| (\d+) \| \S", page, re.MULTILINE)]
+    assert lines == list(range(1, len(lines) + 1))
+    cited = set()
+    for folder in ("benchmarks", "bundles", "common", "docs", "tests", "workflow"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix not in (".py", ".yaml", ".md", ".smk"):
+                continue
+            for citation in CITATION.findall(path.read_text(encoding="utf-8")):
+                for first, last in re.findall(r"(\d+)(?: to (\d+))?", citation):
+                    cited |= set(range(int(first), int(last or first) + 1))
+    assert cited and cited <= set(lines), sorted(cited - set(lines))
 
 
 def test_prepare_knobs_of_protocol_paper_change_the_store(tmp_path):

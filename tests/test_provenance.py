@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import small_backbone
 import torch
+from documents import REPOSITORY, fences
 from monai.bundle import run
 from PIL import Image, PngImagePlugin
 from torchrun import bundle_settings
@@ -18,7 +19,9 @@ from diffboost.audit.commands import provenance
 from diffboost.audit.provenance import audit_provenance
 from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
 from diffboost.generation.provenance import (
+    BEFORE_FORMAT,
     FACTS,
+    FORMAT,
     OWN_DECODER,
     is_intact,
     is_whole,
@@ -63,6 +66,14 @@ def test_a_file_says_in_words_that_it_is_synthetic_and_holds_all_facts():
     data = variant_png(np.linspace(-1, 1, 64).reshape(8, 8), FACTS_OF_ONE)
     assert is_intact(data) and read_facts(data) == FACTS_OF_ONE
     assert b"Synthetic image, drawn by a generative model" in data
+
+
+def test_the_page_shows_every_fact_of_the_present_format():
+    page = (REPOSITORY / "docs" / "provenance.md").read_text(encoding="utf-8")
+    (shown,) = (block for language, block in fences(page) if language == "text")
+    told = dict(re.findall(r"^  (\w+) *(.*)$", shown, re.MULTILINE))
+    assert told.keys() == FACTS.keys() and told["format"] == str(FORMAT)
+    assert all(f"Format {number} added" in page for number in BEFORE_FORMAT)
 
 
 def test_files_of_older_formats_say_what_was_always_so_and_are_written_as_they_were():
