@@ -127,6 +127,8 @@ def test_a_target_that_the_experiment_lacks_is_refused():
         targets.check_target(STUDY, "figur6")
     plain = replace(STUDY, arms=["baseline"], network="unet", ablations={}, pretrain={})
     assert targets.ordered_targets(plain) == ["table1", "table2"]
+    alone = replace(STUDY, arms=["baseline"], network="unet")  # figure 6 ended with an IndexError
+    assert targets.ordered_targets(alone) == ["table2"]
 
 
 def dry_run(experiment: Path, folder: Path, target: str = "report") -> tuple[Counter, str]:

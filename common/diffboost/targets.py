@@ -8,7 +8,10 @@ TARGETS = {
     "table1": ("tables/table1.csv", "a section pretrain"),
     "table2": ("tables/table2.csv", "arms"),
     "figure4": ("figures/figure4.png", "an arm with variants"),
-    "figure6": ("figures/figure6.svg", "a list in synthesis or segmentation"),
+    "figure6": (
+        "figures/figure6.svg",
+        "a list in synthesis or segmentation, and an arm beside baseline",
+    ),
     "figure7": ("figures/figure7.svg", "a list of networks"),
 }
 
@@ -23,7 +26,7 @@ def ordered_targets(experiment: Experiment) -> list[str]:
         "table1": experiment.pretrain is not None,
         "table2": True,
         "figure4": any(uses_variants(arm) for arm in experiment.arms),
-        "figure6": bool(knobs - {"network"}),
+        "figure6": bool(knobs - {"network"}) and len(experiment.arms) > 1,
         "figure7": "network" in knobs,
     }
     return [target for target, is_ordered in ordered.items() if is_ordered]
