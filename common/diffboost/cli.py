@@ -20,6 +20,7 @@ from diffboost.dicom.commands import DICOM
 from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.stages import WORKFLOW, warm_programs, why_cold
+from diffboost.study_data import missing_data
 from diffboost.targets import check_target
 
 logger = logging.getLogger(__name__)
@@ -56,12 +57,17 @@ def study(
     path = Path(experiment).absolute()
     try:
         ordered = read_experiment(path)
-        read_task(task_path(ordered, path))
+        task = read_task(task_path(ordered, path))
         check_target(ordered, target)
         _check_backbone(ordered.backbone)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / ordered.name
+    missing = missing_data(ordered, task, run_dir, target, dataset_dir)
+    if missing and not dry_run:
+        raise SystemExit(missing)
+    if missing:
+        logger.warning("%s", missing)
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]
