@@ -13,7 +13,7 @@ from diffboost.conditions import edges
 from diffboost.data import splits, tasks
 from diffboost.experiments import read_experiment, task_path
 from diffboost.generation import cache, objective, optimization, sampling, schedulers
-from diffboost.knob_values import WORDS
+from diffboost.knob_values import WORDS, set_by_study
 from diffboost.segmentation import evaluation, merging, metrics, training
 from diffboost.stages import bundle_run, stage_configs
 
@@ -132,6 +132,21 @@ def test_defaults_are_filled_in(read):
             "image_size: 32; network swin_unetr needs a multiple of 32 from 64 up",
         ),
         ({"pretrain": {"image_size": 40}}, "pretrain: image_size: 40; a multiple of 32 is needed"),
+        ({"finetune": {"fold": 1}}, "finetune: fold: 1; the study sets it: use the key `folds`"),
+        (
+            {"segmentation": {"seed": 3}},
+            "segmentation: seed: 3; the study sets it: use the key `se",
+        ),
+        ({"synthesis": {"store_dir": "a"}}, "store_dir: 'a'; the study sets it: leave it out"),
+        (BOTH | {"segmentation": {"seed": [1, 2]}}, "the study sets it: use the key `seeds`"),
+        (
+            {"pretrain": {"train": {"image_size": 32}}},
+            "pretrain: train: image_size: 32; the study sets it: use the key `image_size` of pret",
+        ),
+        (
+            {"arms": ["baseline", "synthetic_then_real"], "segmentation": {"weights": "a"}},
+            "segmentation: weights: 'a'; the study sets it: leave it out",
+        ),
         ({"edges": "hed"}, "edges: 'hed' is unknown; allowed: controlnet-hed"),
         ({"synthesis": {"scheduler": "dpm"}}, "scheduler: 'dpm' is unknown; did you mean 'dpm++'?"),
         ({"synthesis": {"ratio": 0}}, "synthesis: ratio: 0; a whole number from 1 up"),
@@ -166,6 +181,21 @@ def test_defaults_are_filled_in(read):
 def test_what_is_wrong_is_named(read, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read(**changes)
+
+
+def test_knobs_that_the_study_sets_are_not_offered(read):
+    with pytest.raises(ValueError, match="unknown key 'fol'") as error:
+        read(finetune={"fol": 1})
+    allowed = str(error.value).partition("allowed: ")[2].split(", ")
+    assert "epochs" in allowed and not {"fold", "store_dir", "image_size"} & set(allowed)
+
+
+def test_what_the_rules_set_is_what_a_section_may_not():
+    rules = "".join(path.read_text() for path in (REPOSITORY / "workflow/rules").glob("*.smk"))
+    experiment = read_experiment(REPOSITORY / "workflow/experiments/demo.yaml")
+    given = set(re.findall(r'^ +"(\w+)": ', rules, re.M)) - {"weights"}
+    known = set().union(*(set_by_study(section, experiment) for section in stage_configs()))
+    assert given - known - {"unlabelled_dir", "edge_weights", "inner_fraction"} == set()
 
 
 def test_allowed_words_are_those_of_the_stages():

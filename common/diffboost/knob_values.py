@@ -1,16 +1,17 @@
-"""What knobs of a study may be: words, whole numbers, shares.
+"""What knobs of a study may be: words, whole numbers, shares; the knobs that the study itself sets.
 
 The words stand here a second time, since the stages' modules import torch and a study is planned
 without it; a test holds both equal.
 """
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from diffboost.data.documents import read_config
 from diffboost.data.tasks import INTENSITY_PER, PROMPT_ORDERS
 from diffboost.knobs import nearest
-from diffboost.plans import Experiment, network_overlay
+from diffboost.plans import SYNTHETIC_THEN_REAL, Experiment, network_overlay
 
 WORDS = {
     "edges": ("hed-bsds500", "controlnet-hed", "gradient"),
@@ -42,6 +43,61 @@ COUNTS = dict.fromkeys(("num_workers", "min_foreground_px", "seed"), 0) | dict.f
 )
 SHARES = ("alpha", "inner_fraction", "empty_prompt", "max_lost", "max_rejected_fraction")
 SIZE_STEP = 32  # px
+
+_GENERATOR = ("store_dir", "dataset_dir", "output_dir", "backbone", "image_size", "fold")
+_SEGMENTER = ("store_dir", "dataset_dir", "synthetic_dir", "output_dir", "fold", "arm", "seed")
+_TREE = ("store_dir", "dataset_dir", "image_size")
+_DRAWN = ("store_dir", "dataset_dir", "output_dir", "image_size", "backbone")
+SET_BY_STUDY = {
+    "prepare": (*_TREE, "task", "edges", "hed_size_px", "num_folds"),
+    "finetune": (*_GENERATOR, "num_cases"),
+    "unlabelled": _GENERATOR,
+    "synthesis": (*_GENERATOR, "num_cases", "generator_dir", "segmenter_dir", "segmenter_configs"),
+    "auto_ratio": (
+        *(*_GENERATOR, "num_cases", "num_classes", "processes", "generator_dir"),
+        *("synthesis_configs", "synthesis_knobs"),
+        *("segmenter_configs", "segmenter_knobs", "segmenter_arm"),
+    ),
+    "segmentation": (*_SEGMENTER, "image_size", "num_classes", "num_cases"),
+    "pretrain.prepare": (*_TREE, "edges", "hed_size_px"),
+    "pretrain.train": _DRAWN,
+    "pretrain.pix2pix": _TREE + ("output_dir",),
+    "pretrain.evaluate": (*_DRAWN, "generator_dir", "pix2pix_dir"),
+}
+# The key of the experiment file that decides such a knob, where it has another name.
+KEYS = {"fold": "folds", "seed": "seeds", "arm": "arms", "num_classes": "task"}
+KEYS |= {"segmenter_arm": "arms", "segmenter_knobs": "segmentation", "synthesis_knobs": "synthesis"}
+
+
+def set_by_study(section: str, experiment: Experiment) -> set[str]:
+    """The knobs of a section's stage that the study sets, so that its file can not."""
+    names = {"bundle_root", *SET_BY_STUDY.get(section, ())}
+    half = section == "segmentation" and SYNTHETIC_THEN_REAL in experiment.arms
+    return names | ({"weights"} if half else set())
+
+
+def refuse_own(knobs: Mapping, section: str, experiment: Experiment, where: str) -> None:
+    """Refuses knobs that the study itself sets.
+
+    Args:
+        knobs: of the section, as the file has them.
+        section: of the experiment file; `pretrain.train` for one within pretrain.
+        experiment: the study.
+        where: the file and section, for the message.
+
+    Raises:
+        ValueError: names the knob, its value and the key to use instead.
+
+    Source: engineering choice
+    """
+    keys = {entry.name for entry in fields(Experiment)}
+    for knob in set_by_study(section, experiment) & set(knobs):
+        key = KEYS.get(knob, knob)
+        place = (
+            "pretrain" if "." in section and key in ("image_size", "dataset_dir") else "the file"
+        )
+        instead = f"use the key `{key}` of {place}" if key in keys else "leave it out"
+        raise ValueError(f"{where}: {knob}: {knobs[knob]!r}; the study sets it: {instead}")
 
 
 def check_value(knob: str, value: object, where: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from diffboost.data.documents import read_config
-from diffboost.knob_values import check_value
+from diffboost.knob_values import check_value, refuse_own, set_by_study
 from diffboost.knobs import nearest, refuse_unknown
 from diffboost.plans import DEFAULT_NETWORK, Experiment
 from diffboost.ratio.study import fixed_knobs
@@ -28,7 +28,7 @@ def check_networks(experiment: Experiment, config_files: Mapping, path: Path) ->
 
 
 def check_sections(experiment: Experiment, config_files: Mapping, path: Path) -> None:
-    """Refuses knobs that a stage lacks, and values that the stage would refuse.
+    """Refuses knobs that a stage lacks or the study sets, and values that the stage would refuse.
 
     Args:
         experiment: the study.
@@ -48,6 +48,9 @@ def check_sections(experiment: Experiment, config_files: Mapping, path: Path) ->
             continue
         where = f"{path}: {section.replace('.', ': ')}"
         config = read_config(config_file, "config_file")
+        refuse_own(knobs, section, experiment, where)
+        for own in set_by_study(section, experiment):
+            config.pop(own, None)
         _check_knobs(fixed_knobs(knobs), config, where)
         for knob, values in experiment.ablations.get(section, {}).items():
             for value in values:
