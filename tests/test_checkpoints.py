@@ -23,7 +23,14 @@ from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.saving import AveragedWeightsSaver
 from diffboost.handlers import BestWeightsSaver, TrainingLog
 from diffboost.locks import hold_folder, release_folder
-from diffboost.runs import MoveIntoPlace, hash_inputs, move_into_place, resume_run, run_to_end
+from diffboost.runs import (
+    MoveIntoPlace,
+    hash_inputs,
+    move_into_place,
+    refuse_other_run,
+    resume_run,
+    run_to_end,
+)
 from diffboost.segmentation.evaluation import CaseDice
 
 EPOCHS, STEPS = 4, 5  # of 2 samples; 9 samples, so that the last batch has one
@@ -260,6 +267,15 @@ def test_another_run_of_the_folder_is_refused(tmp_path):
         train(tmp_path, settings={"epochs": 5})
 
 
+def test_a_model_of_no_known_run_is_not_replaced(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/model.pt").write_text("shipped")
+    with pytest.raises(ValueError, match=r"output_dir: .*models holds a model.pt without run.json"):
+        refuse_other_run(tmp_path / "models", {"seed": 1})
+    (tmp_path / "models/run.json").write_text('{"seed": 1}')
+    refuse_other_run(tmp_path / "models", {"seed": 1})
+
+
 def test_a_move_that_was_stopped_is_ended(tmp_path, monkeypatch):
     partial_dir, output_dir = tmp_path / "a.partial", tmp_path / "a"
     names = ("model.pt", "training_log.csv", "zebra")
@@ -280,6 +296,7 @@ def test_a_move_that_was_stopped_is_ended(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             patch.setattr("diffboost.runs.os.replace", replace)
             move_into_place(partial_dir, output_dir, {"seed": 1})
+        refuse_other_run(output_dir, {"seed": 1})  # its model.pt has no run.json yet
         resume_run(partial_dir, {"seed": 1})
         assert {path.name for path in output_dir.iterdir()} == {*names, "run.json"}
         assert [path.name for path in partial_dir.iterdir()] == ["run.json"]

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffboost import precision
+from diffboost.conditions import edges
+from diffboost.data import splits, tasks
 from diffboost.experiments import read_experiment, task_path
+from diffboost.generation import cache, objective, optimization, sampling, schedulers
+from diffboost.knob_values import WORDS, set_by_study
+from diffboost.segmentation import evaluation, merging, metrics, training
 from diffboost.stages import bundle_run, stage_configs
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,6 +30,16 @@ CONFIG = {
     "channels": [16, 32],
     "quality_filter": False,
     "selection": "inner_validation",
+    "scheduler": "unipc",
+    "amp": False,
+    "shuffle": True,
+    "distances": "directed",
+    "intensity_per": "volume",
+    "weights": None,
+    "seed": 0,
+    "fold": 0,
+    "store_dir": "data",
+    "image_size": 64,
 }
 PAPER = {"segmentation": {"epochs": 100, "alpha": 0.5}, "synthesis": {"ratio": 50}}
 BOTH = {"arms": ["baseline", "diffboost"]}
@@ -34,13 +50,13 @@ GOOD = {"name": "x", "task": "phantom_organ", "dataset_dir": "phantoms", "arms":
 def read(tmp_path):
     """Reads GOOD with some keys changed; a key changed to None is left out."""
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(CONFIG))
-    for network in ("unet", "swin_unetr"):
-        (tmp_path / f"network_{network}.yaml").write_text("{}")
+    for network, overlay in (("unet", "{}"), ("swin_unetr", "size_divisor: 32")):
+        (tmp_path / f"network_{network}.yaml").write_text(overlay)
     protocols = tmp_path / "protocols"
     protocols.mkdir()
     for name, knobs in (("sound", {}), ("paper", PAPER)):
         (protocols / f"{name}.yaml").write_text(yaml.safe_dump(knobs))
-    sections = ("prepare", "finetune", "synthesis", "segmentation", "pretrain.train")
+    sections = ("prepare", "finetune", "synthesis", "segmentation", "evaluate", "pretrain.train")
     configs = dict.fromkeys(sections, tmp_path / "train.yaml")
 
     def read(**changes):
@@ -101,6 +117,50 @@ def test_defaults_are_filled_in(read):
         ({"seeds": [-1]}, "seeds: -1; allowed: 0 to"),
         ({"folds": [3]}, "folds: 3; allowed: 0 to 2"),
         ({"image_size": "64"}, "image_size: '64'; a whole number from 8 up"),
+        ({"image_size": 100}, "image_size: 100; a multiple of 32 is needed"),
+        ({"image_size": 40}, "image_size: 40; a multiple of 32 is needed"),
+        (
+            {"image_size": 96, "segmentation": {"channels": [4] * 7}},
+            "image_size: 96; network attention_unet needs a multiple of 64 from 128 up",
+        ),
+        (
+            BOTH | {"image_size": 96, "segmentation": {"channels": [[4] * 3, [4] * 7]}},
+            "image_size: 96; network attention_unet needs a multiple of 64 from 128 up",
+        ),
+        (
+            BOTH | {"image_size": 32, "network": ["unet", "swin_unetr"]},
+            "image_size: 32; network swin_unetr needs a multiple of 32 from 64 up",
+        ),
+        ({"pretrain": {"image_size": 40}}, "pretrain: image_size: 40; a multiple of 32 is needed"),
+        ({"finetune": {"fold": 1}}, "finetune: fold: 1; the study sets it: use the key `folds`"),
+        (
+            {"segmentation": {"seed": 3}},
+            "segmentation: seed: 3; the study sets it: use the key `se",
+        ),
+        ({"synthesis": {"store_dir": "a"}}, "store_dir: 'a'; the study sets it: leave it out"),
+        (BOTH | {"segmentation": {"seed": [1, 2]}}, "the study sets it: use the key `seeds`"),
+        (
+            {"pretrain": {"train": {"image_size": 32}}},
+            "pretrain: train: image_size: 32; the study sets it: use the key `image_size` of pret",
+        ),
+        (
+            {"arms": ["baseline", "synthetic_then_real"], "segmentation": {"weights": "a"}},
+            "segmentation: weights: 'a'; the study sets it: leave it out",
+        ),
+        ({"edges": "hed"}, "edges: 'hed' is unknown; allowed: controlnet-hed"),
+        ({"synthesis": {"scheduler": "dpm"}}, "scheduler: 'dpm' is unknown; did you mean 'dpm++'?"),
+        ({"synthesis": {"ratio": 0}}, "synthesis: ratio: 0; a whole number from 1 up"),
+        (BOTH | {"synthesis": {"ratio": [8, 0]}}, "ratio: 0; a whole number from 1 up"),
+        ({"segmentation": {"merge": "image"}}, "merge: 'image' is unknown; did you mean 'images'?"),
+        (BOTH | {"segmentation": {"merge": ["images", "logit"]}}, "'logit' is unknown; did you"),
+        ({"segmentation": {"selection": "tset"}}, "selection: 'tset' is unknown; did you mean"),
+        ({"segmentation": {"amp": "yes please"}}, "amp: 'yes please'; allowed: true, false, auto"),
+        ({"segmentation": {"epochs": -3}}, "epochs: -3; a whole number from 1 up"),
+        ({"segmentation": {"epochs": 2.5}}, "epochs: 2.5; a whole number from 1 up"),
+        ({"segmentation": {"alpha": 1.5}}, "alpha: 1.5; a number from 0 to 1"),
+        ({"finetune": {"shuffle": "yes"}}, "finetune: shuffle: 'yes'; allowed: true, false"),
+        ({"evaluate": {"distances": "polled"}}, "distances: 'polled' is unknown; did you mean"),
+        ({"prepare": {"intensity_per": "slices"}}, "'slices' is unknown; did you mean 'slice'?"),
         ({"num_folds": 1}, "num_folds: 1; a whole number from 2 up"),
         ({"finetune": {"epoch": 5}}, "finetune: unknown key 'epoch' (5); did you mean 'epochs'"),
         (
@@ -121,6 +181,44 @@ def test_defaults_are_filled_in(read):
 def test_what_is_wrong_is_named(read, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read(**changes)
+
+
+def test_knobs_that_the_study_sets_are_not_offered(read):
+    with pytest.raises(ValueError, match="unknown key 'fol'") as error:
+        read(finetune={"fol": 1})
+    allowed = str(error.value).partition("allowed: ")[2].split(", ")
+    assert "epochs" in allowed and not {"fold", "store_dir", "image_size"} & set(allowed)
+
+
+def test_what_the_rules_set_is_what_a_section_may_not():
+    rules = "".join(path.read_text() for path in (REPOSITORY / "workflow/rules").glob("*.smk"))
+    experiment = read_experiment(REPOSITORY / "workflow/experiments/demo.yaml")
+    given = set(re.findall(r'^ +"(\w+)": ', rules, re.M)) - {"weights"}
+    known = set().union(*(set_by_study(section, experiment) for section in stage_configs()))
+    assert given - known - {"unlabelled_dir", "edge_weights", "inner_fraction"} == set()
+
+
+def test_allowed_words_are_those_of_the_stages():
+    stages = {
+        "edges": edges.EDGE_NAMES,
+        "fold_order": splits.FOLD_ORDERS,
+        "intensity_per": tasks.INTENSITY_PER,
+        "prompt_order": tasks.PROMPT_ORDERS,
+        "objective": objective.OBJECTIVES,
+        "schedule": optimization.SCHEDULES,
+        "optimizer_name": optimization.OPTIMIZERS,
+        "precision": precision.PRECISIONS,
+        "latent_precision": cache.LATENT_PRECISIONS,
+        "scheduler": schedulers.SCHEDULERS,
+        "noise_address": sampling.NOISE_ADDRESSES,
+        "merge": merging.MERGES,
+        "selection": training.SELECTIONS,
+        "part": splits.PARTS,
+        "volumes": evaluation.VOLUMES,
+        "empty_masks": metrics.EMPTY_MASKS,
+        "distances": metrics.DISTANCES,
+    }
+    assert {knob: tuple(words) for knob, words in stages.items()} == WORDS
 
 
 def test_a_knob_that_is_a_mapping_takes_a_mapping(read):

@@ -77,6 +77,11 @@ def test_a_generator_that_saw_test_cases_is_refused_whatever_it_began_from(store
         guard_generator(store_dir, 0, lineage(1, ancestors=[lineage(2, ancestors=[lineage(0)])]))
 
 
+def test_an_evaluation_without_a_model_names_the_key(store_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"model_path: there is no file {tmp_path}/model"):
+        guard_evaluation(store_dir, 0, "test", str(tmp_path / "model.pt"))
+
+
 def test_weights_that_were_selected_on_test_cases_are_refused(store_dir, tmp_path, caplog):
     weights = tmp_path / "model.pt"
     torch.save({"weight": torch.zeros(1)}, weights)

@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from monai.bundle.scripts import run
@@ -12,11 +13,12 @@ from diffboost.knobs import (
     RUNNER_ARGUMENTS,
     check_command_line,
     config_paths,
+    message_of,
     nearest,
     read_flags,
     refuse_unknown,
 )
-from diffboost.stages import WORKFLOW
+from diffboost.stages import WORKFLOW, failures
 
 RUNNER = "site-packages/monai/bundle/__main__.py"
 TRAIN = """
@@ -38,6 +40,7 @@ def config(tmp_path):
 
 def run_check(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", [RUNNER, "run", *words])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the check replaces
     check_command_line()
 
 
@@ -108,9 +111,46 @@ def test_a_real_run_stops_before_its_first_step(config):
     assert "first step" not in done.stdout
 
 
+def test_a_stage_ends_with_what_went_wrong(tmp_path):
+    """It ended with MONAI's "Failed to instantiate component", two tracebacks after the message."""
+    needed = "{_target_: diffboost.data.slices.read_store, store_dir: nowhere}"
+    path = tmp_path / "train.yaml"
+    path.write_text(TRAIN + f"  - $@store\nstore: {needed}\n")
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(path)]
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=600)
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert done.returncode == 1 and "Traceback (most recent call last):" in lines
+    assert lines[-1].startswith(f"ERROR: store_dir: no such folder: {Path.cwd()}/nowhere; write")
+
+
+def test_the_message_of_an_error_is_the_one_below_monais():
+    first = ValueError("label: none")
+    first.__cause__ = OSError("what it came from")
+    second = RuntimeError("Failed to evaluate x")
+    second.__cause__ = first
+    third = RuntimeError("Failed to instantiate component y")
+    third.__cause__ = second
+    assert message_of(third) == "label: none"
+    assert message_of(KeyError("x")) == "KeyError: 'x'"
+    assert message_of(AssertionError()) == "AssertionError: "
+
+
+def test_a_failed_study_says_why_and_where(tmp_path):
+    logs = tmp_path / "logs" / "ablation"
+    logs.mkdir(parents=True)
+    (logs / "a.log").write_text("Traceback\nERROR: arm: 'x'\nwarm process: 1 s")
+    (logs / "b.log").write_text("2026 - INFO - ERROR: none\n")
+    assert failures(tmp_path, 0.0) == [f"ERROR: arm: 'x'\n  log: {logs / 'a.log'}"]
+    assert failures(tmp_path, (logs / "a.log").stat().st_mtime + 1) == []
+    assert failures(tmp_path / "new", 0.0) == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["report", "nowhere"], "run_dir: nowhere holds no experiment.yaml"),
+        (["package", "bundles/foo"], "metadata: there is no file bundles/foo/configs/metadata"),
         (["stdy", "demo.yaml"], "unknown key 'stdy'.*did you mean 'study'"),
         (["study", "demo.yaml", "--corse", "4"], "unknown key 'corse'.*did you mean 'cores'"),
         (["study", "missing.yaml"], "there is no file .*missing.yaml"),

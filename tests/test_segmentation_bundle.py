@@ -296,3 +296,14 @@ def test_epochs_without_validation_have_no_dice(folder):
     train(folder, "interval", epochs=4, val_interval=2)
     log = pd.read_csv(folder / "interval" / "training_log.csv")
     assert log.val_dice.notna().tolist() == [False, True, False, True]
+
+
+def test_the_shipped_model_is_not_replaced(folder, tmp_path):
+    (tmp_path / "models").mkdir()
+    shipped = tmp_path / "models" / "model.pt"
+    shipped.write_bytes((BUNDLE / "models" / "model.pt").read_bytes())
+    before = shipped.read_bytes()
+    with pytest.raises(RuntimeError, match="Failed to instantiate") as error:
+        run(TRAIN, store_dir=str(folder / "store"), output_dir=str(shipped.parent))
+    assert "models holds a model.pt without run.json" in str(error.value.__cause__)
+    assert shipped.read_bytes() == before and not (tmp_path / "models.partial").exists()

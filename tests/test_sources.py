@@ -102,7 +102,9 @@ def test_masks_with_several_classes_go_by_the_label_map(tmp_path):
         1,
     ]
     reason = _label(tmp_path, task | {"labels": {"lesion": [2], "wall": [9]}})
-    assert reason == "label values 7 are not in the map: 0, 2, 9"
+    assert reason == (
+        "label values 7 are not in the map: 0, 2, 9 (of the task's keys `labels` and `drop`)"
+    )
 
 
 def test_an_image_without_mask_is_left_out_with_a_reason(tmp_path):

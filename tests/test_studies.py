@@ -261,6 +261,43 @@ def test_a_study_refuses_what_its_later_stages_would(tmp_path, key, value, messa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_study_without_its_data_ends_at_once_and_a_dry_run_warns(tmp_path, monkeypatch, caplog):
+    ran = []
+    monkeypatch.setattr(cli, "_run", lambda *words: ran.append(words) or 0)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "study.yaml"
+
+    def study(**options):
+        cli.study(str(path), runs_dir=str(tmp_path / "runs"), **options)
+
+    def write(**keys):
+        written = {"name": "x", "task": "hippocampus_mri", "dataset_dir": "scans"}
+        path.write_text(yaml.safe_dump(written | {"arms": ["baseline"]} | keys))
+
+    write()
+    with pytest.raises(SystemExit, match=f"dataset_dir: there is no folder {tmp_path}/scans; give"):
+        study()
+    write(pretrain={"dataset_dir": "tree"}, dataset_dir="phantoms")
+    with pytest.raises(
+        SystemExit, match=f"pretrain: dataset_dir: there is no folder {tmp_path}/tr"
+    ):
+        study()
+    assert not ran and not (tmp_path / "runs").exists()
+    write()
+    study(dry_run=True)
+    assert f"there is no folder {tmp_path}/scans" in caplog.text
+    study(dataset_dir="phantoms")
+    write(prepare={"download": True})
+    study()
+    write()
+    (tmp_path / "runs/x/store").mkdir()
+    study()
+    (tmp_path / "runs/x/store").rmdir()
+    (tmp_path / "scans").mkdir()  # relative to the working directory, as stages take it
+    study()
+    assert len(ran) == 5
+
+
 def test_holm_by_hand():
     # sorted: 0.01 x 4, 0.02 x 3, 0.03 x 2 (lifted to 0.06), 0.5 x 1
     found = holm({"a": 0.03, "b": 0.01, "c": 0.5, "d": 0.02, "e": float("nan")})

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +20,8 @@ from diffboost.data.tasks import read_task
 from diffboost.dicom.commands import DICOM
 from diffboost.experiments import read_experiment, task_path
 from diffboost.knobs import read_flags, refuse_unknown
-from diffboost.stages import WORKFLOW, warm_programs, why_cold
+from diffboost.stages import WORKFLOW, failures, warm_programs, why_cold
+from diffboost.study_data import missing_data
 from diffboost.targets import check_target
 
 logger = logging.getLogger(__name__)
@@ -56,12 +58,17 @@ def study(
     path = Path(experiment).absolute()
     try:
         ordered = read_experiment(path)
-        read_task(task_path(ordered, path))
+        task = read_task(task_path(ordered, path))
         check_target(ordered, target)
         _check_backbone(ordered.backbone)
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
     run_dir = Path(runs_dir or SNAKEFILE.parents[1] / "runs").absolute() / ordered.name
+    missing = missing_data(ordered, task, run_dir, target, dataset_dir)
+    if missing and not dry_run:
+        raise SystemExit(missing)
+    if missing:
+        logger.warning("%s", missing)
     run_dir.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]
@@ -71,8 +78,11 @@ def study(
     command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
     with (run_dir / ".lock").open("w") as lock:
         _hold(lock, run_dir)
+        started = time.time()
         code = _run(command, warm and not dry_run, why_cold(shlex.split(snakemake)))
     if code:
+        for failure in failures(run_dir, started):
+            logger.error("%s", failure)
         raise SystemExit(code)
     if not dry_run and target == "report":
         logger.info("report: %s", run_dir / "report" / "index.html")
@@ -92,18 +102,18 @@ def report(run_dir: str, only: str | None = None, tracking: str | None = None) -
 
     if tracking not in (None, "mlflow") or (tracking and only):
         raise SystemExit(f"tracking: {tracking!r}; allowed: mlflow, for the whole report")
-    if only is None:
-        write_report(run_dir)
-        if tracking:
-            from diffboost.tracking import store_report
-
-            store_report(run_dir)
-        return
     try:
-        refuse_unknown({only: "only"}, EXHIBITS, "report")
-    except ValueError as error:
+        if only is not None:
+            refuse_unknown({only: "only"}, EXHIBITS, "report")
+            EXHIBITS[only](Path(run_dir))
+            return
+        write_report(run_dir)
+    except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    EXHIBITS[only](Path(run_dir))
+    if tracking:
+        from diffboost.tracking import store_report
+
+        store_report(run_dir)
 
 
 def cost(

@@ -6,9 +6,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from diffboost.data.documents import read_config, read_yaml
+from diffboost.knob_values import check_image_size, check_value
 from diffboost.knobs import nearest, refuse_unknown
 from diffboost.plans import (
-    DEFAULT_NETWORK,
     SYNTHETIC_THEN_REAL,
     VARIANT_KNOBS,
     Experiment,
@@ -16,13 +16,13 @@ from diffboost.plans import (
     check_arm_epochs,
     settings,
 )
-from diffboost.ratio.study import check_auto_ratio, fixed_knobs
+from diffboost.ratio.study import check_auto_ratio
+from diffboost.sections import ABLATED, check_networks, check_sections
 from diffboost.segmentation.arms import ARMS
 from diffboost.stages import WORKFLOW, stage_configs
 
 SECTIONS = ("prepare", "finetune", "synthesis", "auto_ratio", "segmentation", "evaluate")
 PRETRAIN_SECTIONS = ("prepare", "train", "pix2pix", "evaluate")
-ABLATED = ("synthesis", "segmentation")
 EVALUATED = ("$", "@", "%", "_target_")  # by MONAI's ConfigParser
 SCALES = ("tiny", "sd15")
 
@@ -57,9 +57,10 @@ def read_experiment(
     _check_values(experiment, path)
     check_arm_epochs(experiment, path)
     _check_unlabelled(experiment, path)
-    _check_networks(experiment, config_files, path)
+    check_networks(experiment, config_files, path)
     _check_ablations(experiment, path)
-    _check_sections(experiment, config_files, path)
+    check_sections(experiment, config_files, path)
+    check_image_size(experiment, config_files, path)
     _check_inner_fraction(experiment, path)
     _check_quality_filter(experiment, path)
     check_auto_ratio(experiment, path)
@@ -205,6 +206,7 @@ def _check_values(experiment: Experiment, path: Path) -> None:
         raise ValueError(
             f"{path}: scale: {experiment.scale!r}; {nearest(experiment.scale, SCALES)}"
         )
+    check_value("edges", experiment.edges, str(path))
     for key in ("arms", "folds", "seeds", "ablation_folds"):
         values = getattr(experiment, key)
         if key == "ablation_folds" and values is None:
@@ -258,52 +260,6 @@ def _check_ablations(experiment: Experiment, path: Path) -> None:
     for folder in folders:
         if folders.count(folder) > 1:
             raise ValueError(f"{path}: two values of an ablation would share the folder {folder}")
-
-
-def _check_networks(experiment: Experiment, config_files: Mapping, path: Path) -> None:
-    """Raises ValueError on a network that has no overlay beside the segmentation config."""
-    if "segmentation" not in config_files:
-        return
-    overlays = Path(config_files["segmentation"]).parent.glob("network_*.yaml")
-    known = [DEFAULT_NETWORK, *(overlay.stem.removeprefix("network_") for overlay in overlays)]
-    networks = experiment.networks
-    if not networks or len(set(networks)) < len(networks):
-        raise ValueError(f"{path}: network: {networks!r}; a name or different names are needed")
-    for network in networks:
-        if network not in known:
-            raise ValueError(f"{path}: network: {network!r} is unknown; {nearest(network, known)}")
-
-
-def _check_sections(experiment: Experiment, config_files: Mapping, path: Path) -> None:
-    """Raises ValueError on a knob that its stage's config lacks, or a value of another kind."""
-    for section, config_file in config_files.items():
-        first, _, part = section.partition(".")
-        knobs = getattr(experiment, first)
-        knobs = (knobs or {}).get(part, {}) if part else knobs
-        if not knobs:
-            continue
-        where = f"{path}: {section.replace('.', ': ')}"
-        _check_knobs(fixed_knobs(knobs), config_file, where)
-        for knob, values in experiment.ablations.get(section, {}).items():
-            for value in values:
-                _check_knobs({knob: value}, config_file, where)
-
-
-def _check_knobs(section: Mapping, config_file: str | Path, where: str) -> None:
-    """Raises ValueError on a knob that the stage's config lacks, or a value of another kind."""
-    config = _load(config_file)
-    refuse_unknown(section, [key for key in config if not re.search(r"^\+|::", key)], where)
-    for key, value in section.items():
-        many = isinstance(value, list | dict) and not isinstance(config[key], type(value))
-        if many and not (isinstance(value, dict) and config[key] is None):
-            raise ValueError(
-                f"{where}: {key}: {value!r}; one value is needed (lists are ablations in "
-                f"{' and '.join(ABLATED)} only)"
-            )
-        if type(config[key]) in (int, float) and type(value) not in (int, float):
-            raise ValueError(f"{where}: {key}: {value!r}; a number is needed (1.0e-5, not 1e-5)")
-        if value is None:
-            raise ValueError(f"{where}: {key}: has no value; leave the line out for the default")
 
 
 def _load(config_file: str | Path | None) -> dict:

@@ -5,6 +5,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import TracebackType
 
 from diffboost.data.documents import read_config
 
@@ -20,6 +21,8 @@ RUNNER_ARGUMENTS = {
     "args_file",
 }
 RUNNER_IDS = {"bundle_root", "run_name", "_meta_"}
+WRAPPED = ("Failed to instantiate", "Failed to evaluate")  # how MONAI's own errors begin
+ERROR = "ERROR: "
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -86,7 +89,8 @@ def config_paths(value: str) -> list[str]:
 def check_command_line() -> None:
     """Refuses an override of `monai.bundle run` whose top-level id is in none of its config files.
 
-    First in every `run` list. Does nothing in a process that is not such a run (MONAI Label,
+    First in every `run` list. From there on errors end with their message, see
+    ``end_with_message``. Does nothing in a process that is not such a run (MONAI Label,
     federated clients, notebooks). Below the top level MONAI itself complains of most mistakes.
 
     Raises:
@@ -99,6 +103,7 @@ def check_command_line() -> None:
         or "run" not in sys.argv[1:2]
     ):
         return
+    end_with_message()
     flags = read_flags(sys.argv[1:])
     settings = dict(flags)
     if "args_file" in flags:
@@ -112,6 +117,37 @@ def check_command_line() -> None:
         refuse_unknown(overrides, known, f"command line of {', '.join(map(str, files))}")
     except ValueError as error:
         raise SystemExit(str(error)) from None
+
+
+def end_with_message() -> None:
+    """From now on a process that an error ends says it on its last line, below the traceback.
+
+    MONAI's runner wraps an error once for each part of a config that needed the one that failed,
+    and its own words come last.
+
+    Source: engineering choice
+    """
+    sys.excepthook = _print_error
+
+
+def _print_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    sys.stdout.flush()  # logs, which would come after it
+    sys.__excepthook__(kind, error, trace)
+    if isinstance(error, Exception):
+        sys.stderr.write(f"{ERROR}{message_of(error)}\n")
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says, without MONAI's wrapping; with its kind, unless a person reads it well.
+
+    Source: engineering choice
+    """
+    while str(error).startswith(WRAPPED) and error.__cause__ is not None:
+        error = error.__cause__
+    plain = isinstance(error, ValueError | OSError) and str(error)
+    return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
 def _top_level(key: str) -> str:

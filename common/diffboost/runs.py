@@ -26,9 +26,10 @@ from diffboost.processes import is_main_process, wait_for_processes
 logger = logging.getLogger(__name__)
 
 RECORD = "run.json"
+MODEL = "model.pt"
 FINISHED = "finished.json"  # in a partial folder: all is there, and where it belongs
 CHECKPOINTS = "checkpoints"
-IDENTITY = ("dataset.json", "index.parquet", "manifest.parquet", "model.pt", "lineage.json")
+IDENTITY = ("dataset.json", "index.parquet", "manifest.parquet", MODEL, "lineage.json")
 
 
 def hash_inputs(**inputs: str | None) -> dict[str, str]:
@@ -50,17 +51,33 @@ def hash_inputs(**inputs: str | None) -> dict[str, str]:
 
 
 def refuse_other_run(output_dir: str | Path, settings: Mapping) -> None:
-    """Refuse an output folder that holds a run of other settings.
+    """Refuse an output folder that holds a run of other settings, or a model of no known run.
+
+    First in a run list, where a person started the run: a federated client, which runs no list,
+    replaces the model of its ``output_dir``.
 
     Args:
         output_dir: the folder.
         settings: what the new run is; compared with the folder's ``run.json``.
 
     Raises:
-        ValueError: the folder holds another run; the differing settings are named.
+        ValueError: the folder holds another run, whose differing settings are named; or a model.pt
+            without ``run.json``, such as one that ships with a bundle.
 
     Source: engineering choice (design, "Failure").
     """
+    folder = Path(output_dir)
+    moving = Path(f"{output_dir}.partial", FINISHED).is_file()  # a kill stopped its move
+    if (folder / MODEL).is_file() and not (moving or (folder / RECORD).is_file()):
+        raise ValueError(
+            f"output_dir: {output_dir} holds a {MODEL} without {RECORD}: one that ships with a "
+            "bundle, or of elsewhere, which this run would replace; give another --output_dir"
+        )
+    _refuse_other_settings(output_dir, settings)
+
+
+def _refuse_other_settings(output_dir: str | Path, settings: Mapping) -> None:
+    """Raises ValueError if a folder's ``run.json`` says other settings."""
     record = Path(output_dir) / RECORD
     if not record.is_file():
         return
@@ -99,7 +116,7 @@ def resume_run(partial_dir: str | Path, settings: Mapping) -> None:
         if (partial_dir / FINISHED).is_file():
             _move(partial_dir)
         if _has_results(partial_dir):
-            refuse_other_run(partial_dir, settings)
+            _refuse_other_settings(partial_dir, settings)
         if not _is_same_run(partial_dir, settings):
             shutil.rmtree(partial_dir, ignore_errors=True)
             write_json(partial_dir / RECORD, settings)
@@ -194,9 +211,9 @@ class MoveIntoPlace:
 
     def _begin(self) -> None:
         """Refuses another run; makes the partial folder anew when an engine runs a second time."""
-        refuse_other_run(self.output_dir, self.settings)
+        _refuse_other_settings(self.output_dir, self.settings)
         if _has_results(Path(self.partial_dir)):  # of a run that a federated client would wipe out
-            refuse_other_run(self.partial_dir, self.settings)
+            _refuse_other_settings(self.partial_dir, self.settings)
         Path(self.partial_dir).mkdir(parents=True, exist_ok=True)
 
 

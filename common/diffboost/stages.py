@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from diffboost.data.documents import read_yaml
+from diffboost.knobs import ERROR
 
 CLIENT = Path(__file__).with_name("warm_client.py")
 WORKFLOW = Path(__file__).parents[2] / "workflow"
@@ -88,6 +89,24 @@ def warm_programs() -> Iterator[Path]:
         with (folder / "study").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield folder
+
+
+def failures(run_dir: Path, since: float) -> list[str]:
+    """What ended stages of a study, with the log of each.
+
+    Args:
+        run_dir: folder of the study.
+        since: logs that were written later than this are looked at; seconds of the epoch.
+
+    Source: engineering choice (Snakemake prints whole logs)
+    """
+    found = []
+    for log in sorted((run_dir / "logs").rglob("*.log")):
+        if log.stat().st_mtime >= since:
+            lines = log.read_text(errors="replace").splitlines()
+            said = [line for line in lines if line.startswith(ERROR)]
+            found += [f"{said[-1]}\n  log: {log}"] if said else []
+    return found
 
 
 def why_cold(options: list[str]) -> str | None:

@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 
@@ -138,7 +140,8 @@ def read_file(path: str | Path, key: str, largest: int = LARGEST_FILE) -> bytes:
     """
     path = os.fspath(path)
     _refuse_link(path, key)
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with _missing_named(path, key):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode):
@@ -166,8 +169,19 @@ def refuse_special(path: str | Path, key: str) -> None:
 
     Source: engineering choice (issue 5, "Hostile input").
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    with _missing_named(path, key):
+        state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):
         raise ValueError(f"{key}: {path} is no plain file")
+
+
+@contextmanager
+def _missing_named(path: str | Path, key: str) -> Iterator[None]:
+    """Says which key names a file that is not there."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{key}: there is no file {path}") from None
 
 
 def _refuse_link(path: str, key: str) -> None:

@@ -136,7 +136,10 @@ class MapLabelsd(MapTransform):
             wrong = [f"{value:g}" for value in values if value not in self.classes]
             if wrong:
                 known = ", ".join(str(value) for value in sorted(self.classes))
-                raise ValueError(f"label values {', '.join(wrong[:5])} are not in the map: {known}")
+                raise ValueError(
+                    f"label values {', '.join(wrong[:5])} are not in the map: {known} (of the "
+                    "task's keys `labels` and `drop`)"
+                )
             mapped = torch.zeros_like(label)
             for value, number in self.classes.items():
                 mapped[label == value] = number
