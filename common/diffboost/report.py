@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from diffboost import exhibits, figures, pictures, results, statistics
+from diffboost.classical import against_best_classical
 from diffboost.data.slices import SliceStore, read_store
 from diffboost.data.tables import read_csv
 from diffboost.exhibits import METRIC_NAMES
@@ -77,6 +78,9 @@ def summarize(run_dir: Path, experiment: Experiment, metrics: pd.DataFrame) -> d
         "arms": arms,
         "paired_difference_to_baseline": differences,
         "verdicts": {arm: statistics.verdict(by[primary]) for arm, by in differences.items()},
+        "best_classical": against_best_classical(
+            base, results.read_training_logs(run_dir)[1], experiment
+        ),
         "over_folds": statistics.over_folds(base, experiment.arms),
         "ablations": {knob: statistics.ablation_points(metrics, knob) for knob in knobs},
         "unit": "case: mean over labels, seeds and folds; sd and n are over cases",
