@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from diffboost.generation.provenance import (
     read_facts,
     variant_png,
 )
+from diffboost.generation.variant_store import VariantWriter
 
 FACTS_OF_ONE = {name: kind("7") for name, kind in FACTS.items()} | machine_facts("cpu")
 
@@ -134,6 +136,22 @@ def test_a_store_of_other_settings_is_refused(folder):
     with pytest.raises(RuntimeError) as error:
         synthesize(folder, "synthetic", ratio=3, license="none")
     assert "holds another run (facts" in str(error.value.__cause__)
+
+
+def test_a_variant_that_is_not_finite_is_refused(tmp_path):
+    (tmp_path / "edge.png").write_bytes(b"edge")
+    one = {"case": "liver_7", "slice": 3, "prompt": "", "phrase": "", "source_sha256": "0" * 64}
+    one |= {"edge": str(tmp_path / "edge.png")}
+    data = [one | {"variant": variant} for variant in (0, 1)]
+    writer = VariantWriter(str(tmp_path), data, FACTS_OF_ONE | {"precision": "float16"})
+    batch = {"case": ["liver_7"] * 2, "slice": torch.tensor([3, 3]), "variant": torch.arange(2)}
+    images = torch.zeros(2, 1, 8, 8)
+    images[1, 0, 4, 5] = torch.nan
+    engine = SimpleNamespace(state=SimpleNamespace(batch=batch, output={"pred": images}))
+    message = "variant 1 of slice 3 of case liver_7 has NaN or infinite .*precision float16"
+    with pytest.raises(FloatingPointError, match=message):
+        writer._write(engine)
+    assert list(contents(tmp_path)) == ["liver_7_0003_000.png"]  # the finite one of the batch
 
 
 def test_a_license_that_says_nothing_is_refused(folder):

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from ignite.engine import Engine, Events
 
@@ -141,6 +142,8 @@ class VariantBatches(ProcessBatches):
 class VariantWriter:
     """Writes each variant as 16-bit PNG that says how it was made; files in place stay as they are.
 
+    A variant with NaN or infinite values stops the run (FloatingPointError) and is not written.
+
     Args:
         output_dir: the synthetic store.
         data: the variants' items, in the order of :class:`VariantBatches`.
@@ -175,10 +178,22 @@ class VariantWriter:
             if key in done or is_whole(path):  # a copy that fills the last batch, or made before
                 continue
             done.add(key)
+            _refuse_not_finite(image, key, self.facts["precision"])
             own = self.items[key] | {"edge_sha256": sha256_of_files([self.items[key]["edge"]])}
             facts = {name: own[name] for name in VARIANT_FACTS} | dict(self.facts) | machine
             data = variant_png(image[0], facts | _told_names(facts))
             write_aside(path, functools.partial(Path.write_bytes, data=data))
+
+
+def _refuse_not_finite(image: np.ndarray, key: tuple[str, int, int], precision: str) -> None:
+    """Raises FloatingPointError for an image that a file would show as black."""
+    if not np.isfinite(image).all():
+        case, slice_, variant = key
+        raise FloatingPointError(
+            f"variant {variant} of slice {slice_} of case {case} has NaN or infinite values, with "
+            f"precision {precision}; it was not written. If the generator is sound, precision "
+            "float32 is the safest of float32, bfloat16 and float16"
+        )
 
 
 def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
