@@ -65,7 +65,9 @@ def begin_store(output_dir: str, partial_dir: str, settings: Mapping[str, object
         settings: what the run is.
 
     Raises:
-        ValueError: one of the folders holds another run, or more variants a slice.
+        ValueError: one of the folders holds another run, such as one of a slice store that has
+            changed since or whose contents an older version did not record, or more variants a
+            slice.
 
     Source: engineering choice (issue 5, "Synthesis exactly once").
     """
@@ -208,14 +210,15 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
     wait_for_processes()
     if not is_main_process():
         return
-    rows = []
+    rows, sha256_of_edge = [], functools.cache(sha256_of_files)
     for item, place in _placed(data, facts):
         path = Path(output_dir) / _file_of(item)
         if not path.is_file():
             raise FileNotFoundError(
                 f"output_dir: {output_dir} lacks {_file_of(item)}; run synthesis again"
             )
-        told = _told_by(path, {**facts, **item, "batch_place": place, **_told_names(facts)})
+        own = {"batch_place": place, "edge_sha256": sha256_of_edge((item["edge"],))}
+        told = _told_by(path, {**facts, **item, **own, **_told_names(facts)})
         rows.append(
             {
                 "image": _file_of(item),
@@ -250,8 +253,7 @@ def _told_by(path: Path, expected: Mapping) -> dict:
     told = read_facts(data) if is_intact(data) else None
     if told is None:
         raise ValueError(f"output_dir: {path} is damaged; run synthesis again")
-    names = [name for name in (*VARIANT_FACTS, *RUN_FACTS) if name != "edge_sha256"]
-    different = [name for name in names if told[name] != expected[name]]
+    different = [n for n in (*VARIANT_FACTS, *RUN_FACTS) if told[n] != expected[n]]
     if different:
         raise ValueError(
             f"output_dir: {path} is another variant ({', '.join(different)} differ); remove it and "
