@@ -109,6 +109,14 @@ def _other_affine(scans: Path) -> None:
     nib.save(nib.Nifti1Image(array, np.eye(4)), scans / "labelsTr" / "case_001.nii.gz")
 
 
+def _moved(scans: Path, mm: tuple = (0, 0, 60)) -> None:
+    path = scans / "labelsTr" / "case_001.nii.gz"
+    label = nib.load(path)
+    affine = label.affine.copy()
+    affine[:3, 3] += mm
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj), affine), path)
+
+
 def _missing(scans: Path) -> None:
     (scans / "labelsTr" / "case_001.nii.gz").unlink()
 
@@ -121,6 +129,7 @@ BREAKS = [
     (_truncate, "case_001.nii.gz cannot be read, truncated or of another format"),
     (_not_nifti, "case_001.nii.gz cannot be read, truncated or of another format"),
     (_other_affine, "different directions or spacings in their affines"),
+    (_moved, "lie 60.0 mm apart in space .*half a voxel of 0.5 x 1 x 3 mm is allowed"),
     (_missing, "labelsTr/case_001.nii.gz: no such file"),
 ]
 
@@ -143,6 +152,18 @@ def test_a_bad_case_among_many_is_skipped_and_listed(scans, caplog, break_one, r
     assert rejected.file.tolist() == ["imagesTr/case_001.nii.gz"]
     assert rejected.reason.str.contains(reason).all()
     assert "rejected 1 of 3 cases" in caplog.text and "case_001" in caplog.text
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "PIR"])
+def test_a_label_may_lie_half_a_voxel_beside_its_image(tmp_path, axcodes):
+    """Along each axis by its own spacing: 0.5, 1 and 3 mm, however the files lie in memory."""
+    scans = raw_data.write_decathlon(tmp_path / "scans", 3, axcodes)
+    _moved(scans, (0.24, -0.49, 1.4))
+    store = read_store(_prepare(scans))
+    assert store.index.case.nunique() == 3
+    shutil.rmtree(store.store_dir)
+    _moved(scans, (0.1, 0, 0))
+    _refused(scans, ValueError, "case_001.nii.gz: image and label lie 1.5 mm apart")
 
 
 @pytest.mark.parametrize("name", ["benign (1).png", "benign (1)_mask.png"])

@@ -140,6 +140,19 @@ def test_knobs_are_checked_first_and_our_code_is_not_in_initialize(path):
         assert config["run"][0] == {"_target_": "diffboost.knobs.check_command_line"}
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=named)
+def test_a_run_knows_its_slice_store_by_its_contents(path):
+    """Its settings have the hash beside the path, as docs/resume.md says."""
+    config = read(path)
+    runs = [value for where, value in walk(config) if where in ("settings", "train::settings")]
+    for settings in runs:
+        if "store_dir" in settings:
+            hashed = settings["inputs_sha256"]
+            hashed = config["train"]["inputs_sha256"] if isinstance(hashed, str) else hashed
+            assert hashed["_target_"] == "diffboost.runs.hash_inputs"
+            assert hashed["store_dir"] == settings["store_dir"]
+
+
 def test_segmentation_inference_needs_monai_alone():
     assert not [value for _, value in strings(SEGMENTATION_INFERENCE) if "diffboost." in value]
 

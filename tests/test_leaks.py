@@ -16,8 +16,10 @@ from small_store import source_sha256, write_store, write_variants
 
 from diffboost.audit import commands
 from diffboost.audit.leaks import audit_leaks, write_leaks
+from diffboost.data import duplicates
 from diffboost.data.comparison import in_plane_shape
-from diffboost.data.duplicates import find_duplicates
+from diffboost.data.duplicates import find_duplicates, numbered_slices
+from diffboost.data.pseudonyms import read_sources
 from diffboost.data.registration import Likeness, align, invert, texture
 from diffboost.data.slices import read_store
 from diffboost.data.splits import assign_folds, group_cases, select
@@ -173,11 +175,54 @@ def test_slices_with_numbered_names_are_one_volume(copies):
     store, _ = copies
     index = read_store(store).index.iloc[5:9].copy()
     index["case"] = ["liver_1_slice_4", "liver_1_slice_5", "liver_2_slice_4", "benign_2"]
+    index["source_image"] = index.case + ".png"
     paths = [store / name for name in index.image]
     pairs = find_duplicates(index, paths, read_store(store).header["task"])
     assert pairs[["case", "other", "kind"]].to_numpy().tolist() == [
         ["liver_1_slice_4", "liver_1_slice_5", "another slice of the same volume"]
     ]
+
+
+def pairs_by_name(*files: str) -> list[list[str]]:
+    index = pd.DataFrame({"case": list(files), "source_image": list(files)})
+    return numbered_slices(index)[["case", "other"]].to_numpy().tolist()
+
+
+def test_names_of_slices_are_read_whatever_separates_and_follows_their_words():
+    files = "images/a-b (slice 1).png", "images/a-b slice-02.nii.gz", "a-b.slice3", "a-b_SL4.tiff"
+    assert pairs_by_name(*files) == [[files[0], other] for other in files[1:]]
+    assert pairs_by_name("benign (1).png", "benign (2).png", "frame_1.png", "frame_2.png", "") == []
+    other = ["p2/scan_z1.png", "p2/scan_z2.png"]  # the same names: two volumes
+    assert pairs_by_name("p1/scan_z1.png", "p1/scan_z3.png", *other)[1:] == [other]
+    assert len(pairs_by_name("normal/liver_7_z1.png", "malignant/liver_7_z2.png")) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "pseudonyms", "large"])
+def test_slices_of_one_volume_are_in_one_fold(tmp_path, monkeypatch, kind):
+    (tmp_path / "raw").mkdir()
+    for volume in range(2):
+        for number in range(4):
+            name, mask = f"liver_{volume}_slice_{number}", np.zeros((40, 48), bool)
+            mask[10:30, 10:30] = True
+            pixels = grain(10 * volume + number, mask.shape).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "raw" / f"{name}.png")
+            Image.fromarray(mask).save(tmp_path / "raw" / f"{name}_mask.png")
+    knobs = {"pseudonym_key": tmp_path / "secret"} if kind == "pseudonyms" else {}
+    if kind == "large":  # as 2,237 single images are
+        monkeypatch.setattr(duplicates, "LARGEST_SEARCH", 10)
+    store_dir = prepare(
+        tmp_path / "raw", tmp_path / "store", TASK_2D, 32, "gradient", num_folds=2, **knobs
+    )
+    index = read_store(store_dir).index
+    source = index.source_image
+    if kind == "pseudonyms":
+        assert set(source) == {""}
+        source = index.case.map(lambda case: read_sources(store_dir)[1][case][0])
+        assert "liver" not in (store_dir / "duplicates.csv").read_text()
+    volume = source.str.removesuffix(".png").str.rsplit("_slice_").str[0]
+    assert set(volume) == {"liver_0", "liver_1"} and index.group.nunique() == 2
+    assert (index.groupby(volume).fold.nunique() == 1).all()
+    assert len(pd.read_csv(store_dir / "duplicates.csv")) == 6
 
 
 def test_alignment_recovers_a_known_turn():

@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import monai
@@ -17,6 +19,7 @@ from monai.transforms import LoadImaged, SaveImaged
 from PIL import Image
 from small_store import AFFINE, draw_ball
 
+from diffboost.client_volumes import ClientVolumes, list_cases
 from diffboost.data.slices import read_store, write_image
 from diffboost.files import sha256_of_files
 
@@ -276,7 +279,8 @@ def test_variants_are_used_where_there_are_any_and_the_log_says_so(
     other = shutil.copytree(release, tmp_path / "release")
     assert train(other, volumes)["arm"] == "baseline"
     assert "arm baseline: there are no variants of these 15 slices" in caplog.text
-    (store_dir,) = (other / "models" / "clients").glob("store_*")
+    (index,) = (other / "models" / "clients").glob("store_*/index.parquet")
+    store_dir = index.parent
     write_variants(store_dir, other / "synthetic", "case_1")
     record = train(other, volumes)
     assert (record["arm"], record["synthetic_dir"]) == ("diffboost", str(other / "synthetic"))
@@ -309,6 +313,46 @@ def test_bad_volumes_are_named(release, volumes, tmp_path):
     assert "is in train::dataset::data and validate::dataset::data" in message_of(error)
     before = json.loads((release / "models" / "run.json").read_text())
     assert json.loads((other / "models" / "run.json").read_text()) == before
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from diffboost.client_volumes import ClientVolumes, list_cases
+from diffboost.locks import hold_folder
+
+folder, images = Path(sys.argv[1]), sys.argv[2:]
+client = ClientVolumes(str(folder), None, "", 32, 3, 0, "RAS", "percentile", 0.5, 99.5)
+items = [{"image": name, "label": name.replace("us_", "final/us_")} for name in images]
+cases, layout = list_cases(items)
+print(client.prepare(list(cases.values()), layout))
+hold_folder(folder / "store_abc.partial")  # as if it were preparing another one
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_stores_that_another_process_holds_are_not_removed(tmp_path):
+    """One that it trains on and one that it is preparing; without it both go."""
+    data = [write_picture(tmp_path, f"us_{number}", number) for number in range(6)]
+    cases, layout = list_cases(data)
+    cases = list(cases.values())
+    folder = tmp_path / "clients"
+    client = ClientVolumes(str(folder), None, "", 32, 3, 0, "RAS", "percentile", 0.5, 99.5)
+    command = [sys.executable, "-c", HOLDER, str(folder), *(item["image"] for item in data[:2])]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes, text=True) as holder:
+        held = Path(holder.stdout.readline().strip())
+        assert held.is_dir() and holder.stdout.readline() == "held\n"
+        (folder / "store_abc.partial" / "done").mkdir()
+        (folder / "store_stopped.partial").mkdir()
+        second = client.prepare(cases[2:4], layout)
+        assert (held / "index.parquet").is_file()
+        assert (folder / "store_abc.partial" / "done").is_dir()
+        assert not (folder / "store_stopped.partial").exists()
+        holder.communicate()  # its input ends, and so does it
+    third = client.prepare(cases[4:], layout)
+    assert [path for path in folder.iterdir() if path.is_dir()] == [third] != [second]
 
 
 def test_training_and_inference_agree_on_a_clients_volumes():

@@ -1,9 +1,11 @@
 """Variants exactly once, what each says of itself, and that every edit of it is found."""
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,17 +20,20 @@ from torchrun import bundle_settings
 from diffboost.audit.commands import provenance
 from diffboost.audit.provenance import audit_provenance
 from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
+from diffboost.data.tables import write_table
 from diffboost.generation.provenance import (
     BEFORE_FORMAT,
     FACTS,
     FORMAT,
     OWN_DECODER,
+    RUN_FACTS,
     is_intact,
     is_whole,
     machine_facts,
     read_facts,
     variant_png,
 )
+from diffboost.generation.variant_store import VariantWriter, write_manifest
 
 FACTS_OF_ONE = {name: kind("7") for name, kind in FACTS.items()} | machine_facts("cpu")
 
@@ -150,6 +155,66 @@ def test_a_store_of_other_settings_is_refused(folder):
     with pytest.raises(RuntimeError) as error:
         synthesize(folder, "synthetic", ratio=3, license="none")
     assert "holds another run (facts" in str(error.value.__cause__)
+
+
+def test_variants_of_a_store_that_has_changed_since_are_refused(folder):
+    """Neither a finished store nor a stopped run is gone on with, nor one that does not say."""
+    index = folder / "store" / "index.parquet"
+    original = index.read_bytes()
+    shutil.copytree(folder / "synthetic", folder / "stopped.partial")
+    older = shutil.copytree(folder / "synthetic", folder / "older") / "run.json"
+    settings = json.loads(older.read_text())
+    assert list(settings.pop("inputs_sha256")) == ["store_dir"]
+    older.write_text(json.dumps(settings))
+    table = pd.read_parquet(index)
+    try:
+        write_table(index, table.assign(fold=1 - table.fold))
+        for name in ("synthetic", "stopped"):
+            with pytest.raises(RuntimeError) as error:
+                synthesize(folder, name, ratio=3 if name == "synthetic" else 2)
+            message = r"holds another run \(inputs_sha256 .* instead of"
+            assert re.search(message, str(error.value.__cause__))
+    finally:
+        index.write_bytes(original)
+    with pytest.raises(RuntimeError) as error:
+        synthesize(folder, "older")
+    message = r"another run \(inputs_sha256 \{.*\}, of which an older version recorded nothing\)"
+    assert re.search(message, str(error.value.__cause__))
+
+
+def test_a_variant_of_other_edges_does_not_enter_a_manifest(folder, tmp_path):
+    item = {"case": "a", "slice": 0, "variant": 0, "image": "a.png", "label": "l.png"}
+    item |= {name: FACTS_OF_ONE[name] for name in ("prompt", "phrase", "source_sha256")}
+    item |= {"edge": str(tmp_path / "edge.png")}
+    facts = {name: FACTS_OF_ONE[name] for name in RUN_FACTS}
+    facts |= {"prompt_weights": "{}", "batch_size": 1}
+    writer = VariantWriter(str(tmp_path), [item], facts)
+    Path(item["edge"]).write_bytes(b"edge")
+    batch = {"case": ["a"], "slice": torch.tensor([0]), "variant": torch.tensor([0])}
+    output = {"pred": torch.zeros(1, 1, 8, 8)}
+    writer._write(SimpleNamespace(state=SimpleNamespace(batch=batch, output=output)))
+    write_manifest(str(tmp_path), [item], facts)
+    assert len(pd.read_parquet(tmp_path / "manifest.parquet")) == 1
+    Path(item["edge"]).write_bytes(b"another edge")
+    with pytest.raises(ValueError, match=r"is another variant \(edge_sha256 differ\)"):
+        write_manifest(str(tmp_path), [item], facts)
+
+
+def test_a_variant_that_is_not_finite_is_refused(tmp_path):
+    (tmp_path / "edge.png").write_bytes(b"edge")
+    one = {"case": "liver_7", "slice": 3, "prompt": "", "phrase": "", "source_sha256": "0" * 64}
+    one |= {"edge": str(tmp_path / "edge.png")}
+    data = [one | {"variant": variant} for variant in (0, 1)]
+    facts = {name: FACTS_OF_ONE[name] for name in RUN_FACTS} | {"precision": "float16"}
+    writer = VariantWriter(str(tmp_path), data, facts)
+    batch = {"case": ["liver_7"] * 2, "slice": torch.tensor([3, 3]), "variant": torch.arange(2)}
+    images = torch.zeros(2, 1, 8, 8)
+    images[1, 0, 4, 5] = torch.nan
+    engine = SimpleNamespace(state=SimpleNamespace(batch=batch, output={"pred": images}))
+    message = "variant 1 of slice 3 of case liver_7 has NaN or infinite .*precision float16"
+    with pytest.raises(FloatingPointError, match=message):
+        writer._write(engine)
+    assert list(contents(tmp_path)) == ["liver_7_0003_000.png"]  # the finite one of the batch
 
 
 def test_a_license_that_says_nothing_is_refused(folder):

@@ -51,6 +51,15 @@ def test_pngs_give_back_what_was_written(tmp_path):
             assert file.info == {}  # nothing about a patient, nothing at all
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_image_that_is_not_finite_is_refused(tmp_path, value):
+    image = np.zeros((4, 4))
+    image[1, 2] = value
+    with pytest.raises(ValueError, match="NaN or infinite values; .*a.png was not written"):
+        write_image(tmp_path / "a.png", image)
+    assert not list(tmp_path.iterdir())
+
+
 def test_load_sliced_resizes_and_reads_8_bit_images(tmp_path):
     gray = np.full((10, 20), 51, np.uint8)
     Image.fromarray(np.stack([gray] * 3, -1)).save(tmp_path / "a.png")

@@ -81,6 +81,17 @@ def test_it_goes_on_and_is_done_once(store_dir, tmp_path, monkeypatch):
         prepare_unlabelled(store_dir, tmp_path / "made", fold=0, num_cases=2)
 
 
+def test_a_store_of_other_folds_under_the_same_path_is_another(store_dir, tmp_path):
+    copy, made = shutil.copytree(store_dir, tmp_path / "store"), tmp_path / "made"
+    prepare_unlabelled(copy, made, fold=0, num_cases=2)
+    index = read_store(copy).index
+    write_table(copy / "index.parquet", index.assign(fold=(index.fold + 1) % 3))
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="holds another store: inputs_sha256 differ"):
+        prepare_unlabelled(copy, made, fold=0, num_cases=2)
+    assert {path: path.read_bytes() for path in made.rglob("*") if path.is_file()} == before
+
+
 def test_duplicates_of_a_selecting_case_stay_out(store_dir, tmp_path):
     store = read_store(store_dir)
     index = store.index

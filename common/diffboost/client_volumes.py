@@ -16,6 +16,7 @@ from diffboost.data.sources import IMAGE_SUFFIXES, Case, Source, unique_names
 from diffboost.data.tasks import AXCODES, read_task
 from diffboost.data.volumes import SUFFIXES
 from diffboost.knobs import nearest
+from diffboost.locks import hold_folder, release_folder
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.records import state_of
 from diffboost.store_folders import in_place, move_store, partial_store
@@ -89,7 +90,10 @@ class ClientVolumes:
         """Writes the slice store of cases as ``prepare`` does, or finds it in place.
 
         A store's name is the hash of its files' paths, sizes and times and of these settings, so
-        that a new or corrected label makes a new one; those before it are removed.
+        that a new or corrected label makes a new one; those before it are removed, finished or
+        not, except where another process holds them. This one holds its store until it ends, since
+        it trains on it. Not covered: trainings that are threads of one process, and the last of
+        several on the same volumes once the one that came first has ended.
 
         Raises:
             ValueError: more cases than one in ten cannot be used; each is named with the reason.
@@ -113,9 +117,9 @@ class ClientVolumes:
                 writer.write_slices(Source(list(cases)), num_workers=0)
                 writer.write_index(MAX_REJECTED_FRACTION)
                 move_store(partial_dir, store_dir)
-            for other in store_dir.parent.glob("store_*"):
-                if other != store_dir and other.is_dir():
-                    shutil.rmtree(other)
+            _remove_others(store_dir)
+        if is_main_process():
+            _try_to_hold(store_dir)
         wait_for_processes()
         return store_dir
 
@@ -179,6 +183,24 @@ def list_cases(items: Sequence[Mapping[str, str]]) -> tuple[dict[str, Case], str
         for name, (image, label) in zip(names, pairs, strict=True)
     }
     return cases, layouts[pairs[0][0]]
+
+
+def _remove_others(store_dir: Path) -> None:
+    """Removes the stores and partial stores beside a new one that no other process holds."""
+    for other in store_dir.parent.glob("store_*"):
+        if other != store_dir and other.is_dir() and _try_to_hold(other):
+            shutil.rmtree(other)
+            release_folder(other)
+
+
+def _try_to_hold(folder: Path) -> bool:
+    """Whether this process holds a folder, from now on if no other one does."""
+    try:
+        hold_folder(folder)
+    except BlockingIOError as error:
+        logger.info("%s", error)
+        return False
+    return True
 
 
 def _layout_of(path: str) -> str:

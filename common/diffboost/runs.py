@@ -83,7 +83,9 @@ def _refuse_other_settings(output_dir: str | Path, settings: Mapping) -> None:
         return
     found = read_json(record, "output_dir")
     names = ", ".join(
-        f"{key} {found.get(key)!r} instead of {value!r}"
+        f"{key} {found[key]!r} instead of {value!r}"
+        if key in found
+        else f"{key} {value!r}, of which an older version recorded nothing"
         for key, value in _as_recorded(settings).items()
         if found.get(key) != value
     )

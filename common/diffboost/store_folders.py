@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffboost.data.documents import read_json
 from diffboost.data.slices import STORE_VERSION, read_store
-from diffboost.files import write_json
+from diffboost.files import flush, flush_folder, write_json
 from diffboost.locks import hold_folder, release_folder
 from diffboost.processes import is_main_process
 from diffboost.records import FOLDER, same_command_goes_on
@@ -118,7 +118,7 @@ def _mark_failed(partial_dir: Path, message: str) -> None:
 
 
 def move_store(partial_dir: Path, store_dir: Path) -> None:
-    """Renames a whole partial folder into place and removes the records of its making.
+    """Flushes a whole partial folder, renames it into place and removes the records of its making.
 
     Args:
         partial_dir: the folder, whole.
@@ -126,7 +126,9 @@ def move_store(partial_dir: Path, store_dir: Path) -> None:
 
     Source: engineering choice (design, "Failure").
     """
+    flush_folder(partial_dir)
     partial_dir.rename(store_dir)
+    flush(store_dir.parent)
     _remove_records(store_dir)
 
 

@@ -13,7 +13,7 @@ from diffboost.conditions.edges import EdgeDetector, join_edges, mask_edges
 from diffboost.conditions.prompts import task_prompt
 from diffboost.contact_sheet import write_contact_sheet
 from diffboost.data.documents import DIGEST, digest_of
-from diffboost.data.duplicates import find_duplicates, is_too_large
+from diffboost.data.duplicates import find_duplicates, is_too_large, numbered_slices
 from diffboost.data.hashes import MOVABLE
 from diffboost.data.loading import CaseDataset, LoadedCase
 from diffboost.data.pseudonyms import write_sources
@@ -184,13 +184,13 @@ class StoreWriter:
         check_rejected(self.rejected, self.num_cases, max_rejected_fraction)
         rejected = pd.DataFrame(self.rejected, columns=["file", "reason"])
         index = pd.DataFrame(self.rows)
+        index["group"] = self._groups(index)  # also by the files' names, which may be hidden next
         if self.home is not None:
             names = index.drop_duplicates("case").set_index("case")
             names = names[["source_image", "source_label"]].T.to_dict("list")
             write_sources(self.home, str(self.root), names)
             index[["source_image", "source_label"]] = ""
         rejected.to_csv((self.home or self.store_dir) / "rejected.csv", index=False)
-        index["group"] = self._groups(index)
         training = index.case[index.section == "training"].unique()
         folds = self._folds(index, training) if self.wanted["num_folds"] else {}
         index["fold"] = index.case.map(folds).fillna(-1).astype(int)
@@ -214,14 +214,15 @@ class StoreWriter:
             return index.case
         if is_too_large(index):
             logger.warning(
-                "%d cases with %d slices are too many to be searched for near-duplicates: each is "
-                "a group of its own; name the groups in index.parquet if you know them",
+                "%d cases with %d slices are too many to be searched for near-duplicates: groups "
+                "are known by names such as liver_7_slice_12 alone; name others in index.parquet",
                 index.case.nunique(),
                 len(index),
             )
-            return index.case
-        paths = [self.store_dir / name for name in index.image]
-        pairs = find_duplicates(index, paths, self.wanted["task"])
+            pairs = numbered_slices(index)
+        else:
+            paths = [self.store_dir / name for name in index.image]
+            pairs = find_duplicates(index, paths, self.wanted["task"])
         pairs.to_csv(self.store_dir / "duplicates.csv", index=False)
         groups = group_cases(index.case.unique(), zip(pairs.case, pairs.other, strict=True))
         if len(pairs):

@@ -29,7 +29,7 @@ from diffboost.data.slices import INDEX_COLUMNS, write_edge
 from diffboost.data.sources import unique_names
 from diffboost.data.tables import open_table, read_csv, read_table
 from diffboost.data.tree import PngChecks, scan_tree
-from diffboost.files import write_aside
+from diffboost.files import flush, write_aside
 from diffboost.processes import process_rank_and_count
 from diffboost.store_writer import EDGE_BATCH, FOLDERS, check_rejected, finish_store
 
@@ -104,7 +104,9 @@ class TreeWriter:
         if self.wanted["validation_fraction"] and not num_test and num_rows > 1:
             _rewrite(partial, functools.partial(_hold_out, path=nearest[1]))
         self._write_rejected(rejected)
+        flush(partial)
         os.replace(partial, self.index_path)
+        flush(self.store_dir)
 
     def _limit(self, paths: list[str]) -> list[str]:
         """``num_cases`` images drawn by seed, in their order; all if it is None."""

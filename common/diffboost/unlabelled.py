@@ -15,6 +15,7 @@ from diffboost.data.tables import write_table
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files
 from diffboost.records import DoneCases
+from diffboost.runs import hash_inputs
 from diffboost.store_folders import in_place, move_store, partial_store
 from diffboost.store_writer import EDGE_BATCH, FOLDERS, finish_store
 
@@ -53,7 +54,8 @@ def prepare_unlabelled(
 
     Raises:
         FileNotFoundError: no slice store, or no edge weights.
-        FileExistsError: ``unlabelled_dir`` holds something else.
+        FileExistsError: ``unlabelled_dir`` holds something else, such as what was made of a
+            ``store_dir`` of other contents.
         ValueError: no case is left, or the edge weights are not those of the store.
 
     Source: DiffBoost Sec. 3.2 in small (a generator needs images, not labels); engineering choice.
@@ -70,6 +72,7 @@ def prepare_unlabelled(
         "num_folds": 0,
         "num_cases": None,
         "unlabelled": {**settings, "of": store.header["name"]},
+        "inputs_sha256": hash_inputs(store_dir=str(store.store_dir)),
     }
     if in_place(unlabelled_dir, wanted):
         return unlabelled_dir

@@ -11,15 +11,20 @@ from diffboost.data.comparison import SAME_VOLUME, SliceComparison
 
 PAIR_COLUMNS = ("case", "slice", "other", "other_slice", "likeness", "kind")
 LARGEST_SEARCH = 5_000_000  # cases x slices: some minutes
-_NUMBERED = re.compile(r"^(?P<volume>.+?)_(slice|sl|frame|z)_?\d+$", re.IGNORECASE)
+_APART = "[^a-z0-9/]"  # what separates the words of a name
+_NUMBERED = re.compile(
+    rf"^(?P<folder>.*/)?(?P<volume>[^/]+?){_APART}+(?:slice|sl|frame|z){_APART}*"
+    rf"(?P<number>\d+){_APART}*?(?:\.[a-z][^/]*)?$",
+    re.IGNORECASE,
+)
 
 
 def find_duplicates(index: pd.DataFrame, paths: Sequence[Path], task: Mapping) -> pd.DataFrame:
     """Pairs of cases that show one scan: turned, mirrored, cropped, re-encoded, or other slices.
 
     Args:
-        index: rows of a store (case, slice, foreground_px, original_shape, affine, spacing_mm),
-            those of a case one after the other.
+        index: rows of a store (case, slice, foreground_px, original_shape, affine, spacing_mm,
+            source_image), those of a case one after the other.
         paths: the image of every row.
         task: the store's task.
 
@@ -40,7 +45,7 @@ def find_duplicates(index: pd.DataFrame, paths: Sequence[Path], task: Mapping) -
     with torch.inference_mode():
         pairs = slices.near_duplicates()
         pairs += slices.same_volumes()
-    pairs += _numbered_slices(slices.names)
+    pairs += numbered_slices(index).itertuples(index=False, name=None)
     found = pd.DataFrame(pairs, columns=list(PAIR_COLUMNS))
     found = found.sort_values("likeness", ascending=False, kind="stable")
     return found.drop_duplicates(["case", "other"], ignore_index=True)
@@ -54,14 +59,26 @@ def is_too_large(index: pd.DataFrame) -> bool:
     return index.case.nunique() * len(index) > LARGEST_SEARCH
 
 
-def _numbered_slices(names: Sequence[str]) -> list[tuple]:
-    """Pairs of cases that are slices of one volume by their names: liver_7_slice_12, …_13."""
-    volumes: dict[str, tuple[str, int]] = {}
-    pairs = []
-    for name in names:
-        match = _NUMBERED.match(name)
-        if match:
-            first = volumes.setdefault(match["volume"], name)
-            if first != name:
-                pairs.append((first, 0, name, 0, 1.0, SAME_VOLUME))
-    return pairs
+def numbered_slices(index: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of cases that are slices of one volume by their files: liver_7_slice_12.png, …_13.png.
+
+    Where two folders have a file of the same name, a volume is known by its folder, too.
+
+    Args:
+        index: rows of a store (case, source_image); a source_image may be empty.
+
+    Returns:
+        A row a pair with :data:`PAIR_COLUMNS`: the first case of a volume with each of the others.
+
+    Source: engineering choice (issue 5, "Lineage and leak guard").
+    """
+    files = index.drop_duplicates("case").set_index("case")["source_image"]
+    named = files.str.extract(_NUMBERED).dropna(subset="volume").fillna("")
+    repeated = named.volume[named.duplicated(["volume", "number"])]
+    named["folder"] = named.folder.where(named.volume.isin(repeated), "")
+    pairs = [
+        (cases[0], 0, other, 0, 1.0, SAME_VOLUME)
+        for cases in named.groupby(["folder", "volume"], sort=False).groups.values()
+        for other in cases[1:]
+    ]
+    return pd.DataFrame(pairs, columns=list(PAIR_COLUMNS))

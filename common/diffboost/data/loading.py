@@ -187,6 +187,14 @@ def _check_source(image: MetaTensor, label: MetaTensor, channel: int) -> None:
         raise ValueError(f"the image has the shape {shapes[0]}, its label {shapes[1]}")
     if not torch.allclose(image.affine[:3, :3], label.affine[:3, :3], atol=1e-2):
         raise ValueError("image and label have different directions or spacings in their affines")
+    steps = image.affine[:3, :3].double()
+    apart = (label.affine[:3, 3] - image.affine[:3, 3]).double()  # mm; pictures have no space: 0
+    if torch.linalg.solve(steps, apart).abs().max() > 0.5:
+        voxel = " x ".join(f"{float(step):g}" for step in steps.norm(dim=0))
+        raise ValueError(
+            f"image and label lie {float(apart.norm()):.1f} mm apart in space by their affines; "
+            f"half a voxel of {voxel} mm is allowed"
+        )
 
 
 def _check_files(case: Case) -> None:

@@ -127,8 +127,13 @@ def write_image(
         image: float (H, W) in [-1, 1].
         text: names and values to write into the PNG; None writes none.
 
+    Raises:
+        ValueError: the image has NaN or infinite values, for which there is no level.
+
     Source: engineering choice (design, "Slice store").
     """
+    if not np.isfinite(image).all():
+        raise ValueError(f"the image has NaN or infinite values; {path} was not written")
     levels = np.round((np.clip(image, -1, 1).astype(np.float64) + 1) / 2 * 65535)
     chunks = PngInfo()
     for name, value in (text or {}).items():

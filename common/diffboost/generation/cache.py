@@ -18,7 +18,7 @@ from tqdm import tqdm
 from diffboost.data.addresses import address_seed
 from diffboost.data.items import SliceItems
 from diffboost.data.transforms import LoadSliced
-from diffboost.files import sha256_of_files
+from diffboost.files import flush, flush_folder, sha256_of_files
 from diffboost.generation.array_files import (
     DONE,
     ArrayFile,
@@ -151,6 +151,7 @@ def build_cache(
         wait_for_processes()
         if is_main_process():
             partial_dir.rename(folder)
+            flush(folder.parent)
             _drop_notes(folder)
             release_folder(partial_dir)
             logger.info("cached %d slices x %d copies in %s", len(data), num_copies, folder)
@@ -169,6 +170,7 @@ def _open(folder: Path, done: DoneBatches, data, backbone: str, pictures: "_Pict
     for name, (dtype, each) in pictures.shapes().items():
         shape = (len(data), pictures.num_copies, *each)
         make_array_file(folder / f"{name}.npy", dtype, shape)
+    flush_folder(folder)  # pictures are flushed as they are written
     done.begin()
 
 

@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffboost.conditions.prompts import ABBREVIATIONS, augmentation_phrase
 from diffboost.data.documents import read_json
+from diffboost.files import flush, flush_folder
 from diffboost.generation.backbones import PARTS, has_part, load_part, resolve_backbone
 from diffboost.generation.lineage import write_lineage
 
@@ -233,7 +234,9 @@ def write_backbone(
                 write_part(load_part(base, name), partial / name)
     if lineage is not None:
         write_lineage(partial / "lineage.json", lineage)
+    flush_folder(partial)
     partial.rename(target)
+    flush(target.parent)
     logger.info(
         "wrote backbone %s: %s", target, ", ".join(sorted(p.name for p in target.iterdir()))
     )

@@ -12,7 +12,7 @@ from monai.transforms import Transform
 from torch import nn
 
 from diffboost.data.weights import load_weights
-from diffboost.files import sha256_of_files
+from diffboost.files import flush, flush_folder, sha256_of_files
 from diffboost.generation.backbones import load_config, load_part, part_sha256
 from diffboost.generation.creation import write_part
 from diffboost.generation.decoding import TinyDecoder
@@ -151,7 +151,9 @@ def export_decoder(
         made = {"ancestors": [], "weights_sha256": weights_sha256}
         made["autoencoder_sha256"] = part_sha256(backbone, "vae")
         write_lineage(partial / "lineage.json", {**lineage, **made})
+        flush_folder(partial)
         partial.rename(target)
+        flush(target.parent)
         logger.info("wrote decoder %s", target)
     wait_for_processes()
     return target

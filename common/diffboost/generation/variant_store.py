@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from ignite.engine import Engine, Events
 
@@ -64,7 +65,9 @@ def begin_store(output_dir: str, partial_dir: str, settings: Mapping[str, object
         settings: what the run is.
 
     Raises:
-        ValueError: one of the folders holds another run, or more variants a slice.
+        ValueError: one of the folders holds another run, such as one of a slice store that has
+            changed since or whose contents an older version did not record, or more variants a
+            slice.
 
     Source: engineering choice (issue 5, "Synthesis exactly once").
     """
@@ -141,6 +144,8 @@ class VariantBatches(ProcessBatches):
 class VariantWriter:
     """Writes each variant as 16-bit PNG that says how it was made; files in place stay as they are.
 
+    A variant with NaN or infinite values stops the run (FloatingPointError) and is not written.
+
     Args:
         output_dir: the synthetic store.
         data: the variants' items, in the order of :class:`VariantBatches`.
@@ -175,10 +180,22 @@ class VariantWriter:
             if key in done or is_whole(path):  # a copy that fills the last batch, or made before
                 continue
             done.add(key)
+            _refuse_not_finite(image, key, self.facts["precision"])
             own = self.items[key] | {"edge_sha256": sha256_of_files([self.items[key]["edge"]])}
             facts = {name: own[name] for name in VARIANT_FACTS} | dict(self.facts) | machine
             data = variant_png(image[0], facts | _told_names(facts))
             write_aside(path, functools.partial(Path.write_bytes, data=data))
+
+
+def _refuse_not_finite(image: np.ndarray, key: tuple[str, int, int], precision: str) -> None:
+    """Raises FloatingPointError for an image that a file would show as black."""
+    if not np.isfinite(image).all():
+        case, slice_, variant = key
+        raise FloatingPointError(
+            f"variant {variant} of slice {slice_} of case {case} has NaN or infinite values, with "
+            f"precision {precision}; it was not written. If the generator is sound, precision "
+            "float32 is the safest of float32, bfloat16 and float16"
+        )
 
 
 def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, object]) -> None:
@@ -193,14 +210,15 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
     wait_for_processes()
     if not is_main_process():
         return
-    rows = []
+    rows, sha256_of_edge = [], functools.cache(sha256_of_files)
     for item, place in _placed(data, facts):
         path = Path(output_dir) / _file_of(item)
         if not path.is_file():
             raise FileNotFoundError(
                 f"output_dir: {output_dir} lacks {_file_of(item)}; run synthesis again"
             )
-        told = _told_by(path, {**facts, **item, "batch_place": place, **_told_names(facts)})
+        own = {"batch_place": place, "edge_sha256": sha256_of_edge((item["edge"],))}
+        told = _told_by(path, {**facts, **item, **own, **_told_names(facts)})
         rows.append(
             {
                 "image": _file_of(item),
@@ -235,8 +253,7 @@ def _told_by(path: Path, expected: Mapping) -> dict:
     told = read_facts(data) if is_intact(data) else None
     if told is None:
         raise ValueError(f"output_dir: {path} is damaged; run synthesis again")
-    names = [name for name in (*VARIANT_FACTS, *RUN_FACTS) if name != "edge_sha256"]
-    different = [name for name in names if told[name] != expected[name]]
+    different = [n for n in (*VARIANT_FACTS, *RUN_FACTS) if told[n] != expected[n]]
     if different:
         raise ValueError(
             f"output_dir: {path} is another variant ({', '.join(different)} differ); remove it and "

@@ -12,7 +12,7 @@ import pandas as pd
 
 from diffboost.data.documents import read_json
 from diffboost.data.slices import read_store
-from diffboost.files import sha256_of_files, write_aside, write_json
+from diffboost.files import flush, flush_folder, sha256_of_files, write_aside, write_json
 from diffboost.locks import hold_folder, release_folder
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.records import DoneCases, same_command_goes_on, state_of
@@ -143,8 +143,10 @@ def _put_in_place(data: Sequence[dict], partial_dir: Path, output_dir: Path) -> 
         (output_dir / TABLE).unlink(missing_ok=True)
         if (output_dir / PREDICTIONS).is_dir():
             shutil.rmtree(output_dir / PREDICTIONS)
+        flush_folder(partial_dir / PREDICTIONS)
         (partial_dir / PREDICTIONS).rename(output_dir / PREDICTIONS)
     os.replace(table, output_dir / TABLE)
+    flush(output_dir)
     shutil.rmtree(partial_dir)
     logger.info("predictions and %s are in %s", TABLE, output_dir)
 
