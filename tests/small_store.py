@@ -113,6 +113,7 @@ def write_variants(store_dir: Path, synthetic_dir: Path, ratio: int = 2) -> Path
             write_image(synthetic_dir / name, np.full((size, size), -variant / 10))
             place = {"image": name, "case": row["case"], "slice": row["slice"]}
             place |= {"source_image": row["image"], "lineage_sha256": sha256_of_files([lineage])}
+            place |= {"source_sha256": row["source_sha256"]}
             rows.append(place | {"variant": variant, "kept": True, "reason": ""})
     pd.DataFrame(rows).to_parquet(synthetic_dir / "manifest.parquet")
     return synthetic_dir

@@ -291,6 +291,10 @@ def test_variants_of_held_out_cases_are_named(small):
     assert audit(store, synthetic_dir=synthetic) == {
         ("generator", images[first], "case_0"), ("generator", images[second], "case_3")
     }  # fmt: skip
+    planted = manifest.copy()
+    planted.loc[first, "source_sha256"] = source_sha256(3)  # under the name of a training case
+    write_lineage(synthetic, lineage, planted)
+    assert audit(store, synthetic_dir=synthetic) == {("generator", images[first], "case_3")}
     write_lineage(synthetic, lineage, manifest)
     chunks = PngInfo()
     chunks.add_text("diffboost:case", "case_3")

@@ -190,7 +190,7 @@ def variant_leaks(
             f"synthetic_dir: {folder} has no lineage.json, so that nothing says which cases its "
             "generator saw; synthesize it again"
         )
-    columns = ["image", "case", "source_image", "lineage_sha256"]
+    columns = ["image", "case", "source_image", "source_sha256", "lineage_sha256"]
     manifest = read_manifest(folder, columns)
     if set(manifest.lineage_sha256) != {sha256_of_files([path])}:
         raise ValueError(f"synthetic_dir: {path} is not the lineage that the manifest names")
@@ -205,16 +205,16 @@ def variant_leaks(
 def _held_out_sources(
     manifest: pd.DataFrame, held_out: pd.DataFrame, index: pd.DataFrame
 ) -> list[Leak]:
-    """A leak for each held-out case that variants were made from, by name, by file, or by group."""
+    """A leak for each held-out case that variants were made from: by name, file, hash or group."""
     files = (Path(image).name for image in index.image)
-    case_of = dict(zip(files, index.case.astype(str), strict=True))
+    case_of = dict(zip(files, index.case.astype(str), strict=True))  # by file, and by hash
+    case_of |= _by_hash(index, "case") | _by_hash(held_out, "case")
     group_of = dict(zip(index.case.astype(str), index.group.astype(str), strict=True))
     judged = {group_of[case]: case for case in held_out.case.astype(str).unique()}
     leaks = {}
-    for image, case, source in zip(
-        manifest.image, manifest.case, manifest.source_image, strict=True
-    ):
-        for origin in (case, case_of.get(Path(source).name, case)):
+    columns = ["image", "case", "source_image", "source_sha256"]
+    for image, case, source, sha256 in manifest[columns].itertuples(index=False):
+        for origin in (case, case_of.get(Path(source).name, case), case_of.get(sha256, case)):
             second = judged.get(group_of.get(origin, origin))
             if second is not None and (origin, second) not in leaks:
                 reason = f"{image} was made from {origin}"
