@@ -28,6 +28,7 @@ from diffboost.data.slices import read_store, slice_items
 from diffboost.data.tables import write_table
 from diffboost.files import sha256_of_files
 from diffboost.generation.lineage import write_lineage
+from diffboost.generation.synthesis import with_source_hashes
 from diffboost.generation.variant_store import variant_file
 from diffboost.stages import warm_programs
 from diffboost.statistics import summarize, verdict
@@ -53,10 +54,11 @@ def copy_slices(store_dir: Path, output_dir: Path, fold: int, **split) -> None:
     write_lineage(output_dir / "lineage.json", {"cases": {}, "ancestors": []})
     lineage = sha256_of_files([output_dir / "lineage.json"])
     rows = []
-    for item in slice_items(store_dir, fold, "training", **split):
+    items = slice_items(store_dir, fold, "training", **split)
+    for item in with_source_hashes(store_dir, items):
         image = variant_file(item["case"], item["slice"], 0)
         shutil.copyfile(item["image"], output_dir / image)
-        row = {name: item[name] for name in ("case", "slice", "label", "edge")}
+        row = {name: item[name] for name in ("case", "slice", "label", "edge", "source_sha256")}
         row |= {"image": image, "source_image": item["image"], "variant": 0, "kept": True}
         row |= {"sha256": sha256_of_files([output_dir / image]), "lineage_sha256": lineage}
         rows.append(row | {"reason": ""})

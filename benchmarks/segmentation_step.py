@@ -88,8 +88,8 @@ def write_stores(folder: Path, size: int, num_variants: int) -> tuple[Path, Path
             draws = np.random.RandomState(address_seed(row["case"], row["slice"], variant))
             noisy = image * draws.uniform(0.6, 1) + draws.normal(0, 0.1, image.shape)
             write_image(synthetic_dir / name, noisy)
-            place = {"image": name, "case": row["case"], "slice": row["slice"]}
-            rows.append(place | {"variant": variant, "kept": True})
+            place = {name: row[name] for name in ("case", "slice", "source_sha256")}
+            rows.append(place | {"image": name, "variant": variant, "kept": True})
     pd.DataFrame(rows).to_parquet(synthetic_dir / "manifest.parquet")
     return store_dir, synthetic_dir
 

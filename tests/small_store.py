@@ -83,6 +83,7 @@ def write_store(
             row |= {"original_shape": [40, 52, 1] if layout == "pairs" else [5, 40, 36]}
             row |= {"source_image": names[0], "source_label": names[1]}
             row |= {"sha256": "", "source_sha256": source_sha256(number, layout)}
+            row |= {"image_sha256": sha256_of_files([store_dir / "source" / names[0]])}
             rows.append(
                 row | {"spacing_mm": [0.8, 0.9, 3.0] if layout == "decathlon" else [1.0] * 3}
             )
@@ -93,7 +94,7 @@ def write_store(
         "task": task,
         "preprocessing": {"image_size": image_size},
         "source_dir": "source",
-        "store_version": 3,
+        "store_version": 4,
     }
     (store_dir / "dataset.json").write_text(json.dumps(header))
     return store_dir
@@ -112,6 +113,7 @@ def write_variants(store_dir: Path, synthetic_dir: Path, ratio: int = 2) -> Path
             write_image(synthetic_dir / name, np.full((size, size), -variant / 10))
             place = {"image": name, "case": row["case"], "slice": row["slice"]}
             place |= {"source_image": row["image"], "lineage_sha256": sha256_of_files([lineage])}
+            place |= {"source_sha256": row["source_sha256"]}
             rows.append(place | {"variant": variant, "kept": True, "reason": ""})
     pd.DataFrame(rows).to_parquet(synthetic_dir / "manifest.parquet")
     return synthetic_dir

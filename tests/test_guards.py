@@ -63,6 +63,32 @@ def test_variants_under_another_lineage_than_their_manifest_names_are_refused(st
         guard_training(store_dir, 0, *parts(store_dir), synthetic_dir=str(synthetic_dir))
 
 
+def test_variants_made_from_test_cases_are_refused_whatever_their_name(store_dir, tmp_path):
+    """As in a synthetic store of another slice store, whose cases have the same names."""
+    synthetic_dir = write_variants(tmp_path / "store", tmp_path / "synthetic")
+    manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
+    manifest = manifest[manifest.case == "case_1"]
+    files = [str(synthetic_dir / name) for name in manifest.image]
+
+    def guard(number):
+        """With variants of case_1 that were made from the case of this number."""
+        changed = manifest.assign(source_sha256=source_sha256(number))
+        changed.to_parquet(synthetic_dir / "manifest.parquet")
+        training = [{"case": "case_1", "variants": files}]
+        guard_training(store_dir, 0, training, [], synthetic_dir=str(synthetic_dir))
+
+    guard(1)
+    guard(2)  # no test case
+    with pytest.raises(ValueError, match="case_1_0000_000.png and case_0: .*made from case_0"):
+        guard(0)
+    path = f"{store_dir}/index.parquet"
+    index = pd.read_parquet(path)
+    index.loc[index.case == "case_2", "group"] = "case_3"
+    index.to_parquet(path)
+    with pytest.raises(ValueError, match="case_1_0000_000.png and case_3: .*made from case_2"):
+        guard(2)
+
+
 def lineage(*numbers, **more):
     """Of a model that saw the cases of these numbers."""
     return {"cases": {f"seen_{n}": source_sha256(n) for n in numbers}, "ancestors": [], **more}

@@ -18,7 +18,7 @@ from diffboost.audit import commands
 from diffboost.audit.leaks import audit_leaks, write_leaks
 from diffboost.data import duplicates
 from diffboost.data.comparison import in_plane_shape
-from diffboost.data.duplicates import find_duplicates, numbered_slices
+from diffboost.data.duplicates import PAIR_COLUMNS, find_duplicates, numbered_slices
 from diffboost.data.pseudonyms import read_sources
 from diffboost.data.registration import Likeness, align, invert, texture
 from diffboost.data.slices import read_store
@@ -324,6 +324,41 @@ def test_generators_that_saw_held_out_cases_are_named(small):
     assert audit(store, generator_dir=synthetic, fold=1) == set()
 
 
+def test_what_names_no_fold_is_judged_on_all(small, tmp_path):
+    store, synthetic, manifest = small
+    generator = tmp_path / "generator"
+    lineage = {"cases": {"case_1": source_sha256(1)}, "ancestors": [], "fold": None}
+    lineage["ancestors"] = [{"cases": {"case_1": source_sha256(1), "old": source_sha256(3)}}]
+    write_lineage(generator, lineage)
+    nothing = pd.DataFrame(columns=list(PAIR_COLUMNS))
+    leaks = audit_leaks(store, generator_dir=generator, pairs=nothing)
+    assert [(leak.first, leak.second, leak.reason.split("; ")[-1]) for leak in leaks] == [
+        ("old", "case_3", "folds 0"), ("case_1", "case_1", "folds 1")
+    ]  # fmt: skip
+    assert audit(store, generator_dir=generator, fold=2) == set()
+    clean = {"cases": {}, "ancestors": [], "fold": None}
+    write_lineage(synthetic, clean, manifest)
+    seen = {second for _, _, second in audit(store, synthetic_dir=synthetic)}
+    assert seen == {"case_1", "case_2", "case_4", "case_5"}  # variants of fold 0, in the others
+    (synthetic / "run.json").write_text(json.dumps({"fold": 0}))
+    assert audit(store, synthetic_dir=synthetic) == set()
+    (synthetic / "run.json").write_text(json.dumps({"fold": 1}))
+    assert {second for *_, second in audit(store, synthetic_dir=synthetic)} == {"case_1", "case_4"}
+    write_lineage(generator, clean | {"selection": {"case_2": source_sha256(2)}})
+    assert audit(store, model_dir=generator) == {("selection", "case_2", "case_2")}
+
+
+def test_a_case_of_a_given_test_section_is_a_leak_in_every_fold(small, tmp_path):
+    store, *_ = small
+    index = pd.read_parquet(store / "index.parquet")
+    tested = index.case == "case_5"
+    index.assign(section=index.section.where(~tested, "test")).to_parquet(store / "index.parquet")
+    write_lineage(tmp_path / "generator", {"cases": {"x": source_sha256(5)}, "ancestors": []})
+    nothing = pd.DataFrame(columns=list(PAIR_COLUMNS))
+    (leak,) = audit_leaks(store, generator_dir=tmp_path / "generator", pairs=nothing)
+    assert (leak.first, leak.second) == ("x", "case_5") and leak.reason.endswith("folds 0, 1, 2")
+
+
 def test_variants_of_held_out_cases_are_named(small):
     store, synthetic, manifest = small
     lineage = {"cases": {}, "ancestors": [], "fold": 0}
@@ -336,6 +371,10 @@ def test_variants_of_held_out_cases_are_named(small):
     assert audit(store, synthetic_dir=synthetic) == {
         ("generator", images[first], "case_0"), ("generator", images[second], "case_3")
     }  # fmt: skip
+    planted = manifest.copy()
+    planted.loc[first, "source_sha256"] = source_sha256(3)  # under the name of a training case
+    write_lineage(synthetic, lineage, planted)
+    assert audit(store, synthetic_dir=synthetic) == {("generator", images[first], "case_3")}
     write_lineage(synthetic, lineage, manifest)
     chunks = PngInfo()
     chunks.add_text("diffboost:case", "case_3")

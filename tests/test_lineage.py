@@ -31,6 +31,8 @@ def test_few_cases_stand_in_the_file_itself(store_dir, backbone, tmp_path):
     traced = trace_lineage(str(store_dir), items, backbone, False, fold=1, seed=3)
     hashes = read_store(store_dir).source_sha256()
     assert traced["cases"] == {case: hashes[case] for case in items.cases()}
+    images = read_store(store_dir).index.set_index("case").image_sha256.to_dict()
+    assert traced["images"] == {case: images[case] for case in items.cases()}
     assert traced["prompts"] == ["MR, ball, ball"] and (traced["fold"], traced["seed"]) == (1, 3)
     write_lineage(tmp_path / "lineage.json", traced)
     assert [path.name for path in tmp_path.iterdir()] == ["lineage.json"]
@@ -57,7 +59,9 @@ def test_many_cases_go_into_a_table_that_descendants_carry(
     write_lineage(tmp_path / "child" / "lineage.json", child)
     (found,) = read_lineage(tmp_path / "child" / "lineage.json")["ancestors"]
     hashes = read_store(store_dir).source_sha256()
-    assert dict(zip(*found["cases"].to_pydict().values(), strict=True)) == hashes
+    table = found["cases"].to_pydict()
+    assert dict(zip(table["case"], table["sha256"], strict=True)) == hashes
+    assert "" not in table["image_sha256"] and not set(table["image_sha256"]) & set(table["sha256"])
     (tmp_path / "child" / "lineage_cases_1.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match="lineage_cases_1.parquet beside it is missing or another"):
         read_lineage(tmp_path / "child" / "lineage.json")

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-from small_store import write_store, write_variants
+from small_store import source_sha256, write_store, write_variants
 
 from diffboost.data.slices import slice_items
 from diffboost.segmentation.arms import split_arm
@@ -118,6 +118,31 @@ def test_slices_without_variants_are_named(store, tmp_path):
     lost = (manifest["case"] == case) & (manifest["slice"] == 2)
     manifest[~lost].to_parquet(synthetic / "manifest.parquet")
     with pytest.raises(ValueError, match=f"no variant of 1 of .*, e.g. {case} slice 2"):
+        items_of(store, "diffboost", synthetic_dir=str(synthetic))
+
+
+def test_variants_of_another_scan_of_the_same_name_are_refused(store, tmp_path):
+    synthetic = write_variants(store, tmp_path / "synthetic")
+    manifest = pd.read_parquet(synthetic / "manifest.parquet")
+    case = items_of(store, "baseline")[0]["case"]
+    for changed in ("case_0", case):  # the first is a test case, whose variants are not used
+        other = manifest.assign(
+            source_sha256=manifest.source_sha256.where(manifest["case"] != changed, "f" * 64)
+        )
+        other.to_parquet(synthetic / "manifest.parquet")
+        if changed != case:
+            items_of(store, "diffboost", synthetic_dir=str(synthetic))
+    with pytest.raises(ValueError) as error:
+        items_of(store, "diffboost", synthetic_dir=str(synthetic))
+    own = source_sha256(int(case[-1]))[:12]
+    for words in (
+        f"synthetic_dir: {synthetic}: the variants of case '{case}' were made from files",
+        "source_sha256 ffffffffffff…", f"of this name in {store} has {own}…: another scan or",
+        "as in 1 training cases", "Synthesize from this store",
+    ):  # fmt: skip
+        assert words in str(error.value)
+    manifest.drop(columns="source_sha256").to_parquet(synthetic / "manifest.parquet")
+    with pytest.raises(ValueError, match="manifest.parquet lacks the columns source_sha256"):
         items_of(store, "diffboost", synthetic_dir=str(synthetic))
 
 

@@ -39,7 +39,7 @@ def test_volumes_become_a_store(tmp_path):
     assert list(store.index.columns) == list(INDEX_COLUMNS) and len(store.index) == 4 * 5
     header = store.header
     assert header["labels"] == {"0": "background", "1": "left_part", "2": "right_part"}
-    assert (header["numTraining"], header["numTest"], header["store_version"]) == (4, 0, 3)
+    assert (header["numTraining"], header["numTest"], header["store_version"]) == (4, 0, 4)
     assert header["modality"] == {"0": "MR"} and header["task"]["name"] == "small_task"
     assert header["preprocessing"] == {
         "image_size": 32, "edges": "gradient", "hed_size_px": None, "edge_weights_sha256": "",

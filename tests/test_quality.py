@@ -21,6 +21,7 @@ from diffboost.audit.quality_scores import View, describe_reference, score_sampl
 from diffboost.data.slices import read_store, slice_items, write_image
 from diffboost.data.transforms import LoadSliced
 from diffboost.generation.lineage import write_lineage
+from diffboost.generation.synthesis import with_source_hashes
 from diffboost.prepare import prepare
 from diffboost.segmentation.loading import load_segmenter
 from diffboost.segmentation.training import training_items
@@ -255,7 +256,8 @@ def write_synthetic(folder: Path) -> None:
     """Variant 0 shows its slice in other gray levels, variant 1 is noise, 2 another slice."""
     target = folder / "synthetic"
     (target / "images").mkdir(parents=True)
-    items, rows = list(slice_items(folder / "store", 0, "training")), []
+    items = slice_items(folder / "store", 0, "training")
+    items, rows = with_source_hashes(str(folder / "store"), items), []
     load = LoadSliced(["image", "label"])
     loaded = [load(item) for item in items]
     for place, item in enumerate(items):
@@ -270,6 +272,7 @@ def write_synthetic(folder: Path) -> None:
                 {
                     "image": name,
                     **{key: item[key] for key in ("case", "slice", "label", "edge")},
+                    "source_sha256": item["source_sha256"],
                     "variant": variant,
                     "kept": True,
                     "reason": "",

@@ -139,7 +139,7 @@ def test_a_store_of_another_version_or_none_is_named(store_dir, tmp_path):
     header = read_store(store_dir).header | {"store_version": 0}
     (tmp_path / "dataset.json").write_text(json.dumps(header))
     (tmp_path / "index.parquet").write_bytes((store_dir / "index.parquet").read_bytes())
-    with pytest.raises(ValueError, match="store_version 0, this program reads version 3"):
+    with pytest.raises(ValueError, match="store_version 0, this program reads the versions 3, 4"):
         read_store(tmp_path)
 
 

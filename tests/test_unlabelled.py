@@ -49,9 +49,8 @@ def test_it_holds_the_other_training_cases_and_nothing_of_their_labels(store_dir
     assert set(found.prompt) == {"US, breast, lesion"}  # not the folder's benign or malignant
     for row in store.index[store.index.case.isin(found.index)].itertuples():
         own = found.loc[row.case]
-        assert (own.source_sha256, own.sha256, own.group) == (
-            row.source_sha256, row.sha256, row.group,
-        )  # fmt: skip
+        known = ["source_sha256", "image_sha256", "sha256", "group"]
+        assert own[known].tolist() == [getattr(row, name) for name in known]
         edges, joined = _edge(made, own), _edge(store, row)
         assert (joined - edges).min() >= -1 and (joined - edges).max() > 50  # the mask's outline
     assert len(slice_items(made.store_dir, 0, "training", inner_fraction=0.0)) == 4

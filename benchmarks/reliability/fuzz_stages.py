@@ -33,6 +33,7 @@ from diffboost.experiments import read_experiment
 from diffboost.files import sha256_of_files
 from diffboost.generation import lineage as lineages
 from diffboost.generation.cache import CachedItems
+from diffboost.generation.synthesis import with_source_hashes
 from diffboost.prepare import prepare
 from diffboost.results import load_metrics
 from diffboost.segmentation.merging import variants_by_slice
@@ -182,7 +183,7 @@ def make_synthetic(folder: Path) -> None:
         {"store": "fuzz", "fold": 0, "cases": {"case_1": "ab" * 32}, "ancestors": []},
     )
     rows = []
-    for item in slice_items(folder / "store", 0, "all"):
+    for item in with_source_hashes(folder / "store", slice_items(folder / "store", 0, "all")):
         for variant in range(2):
             name = f"images/{item['case']}_{item['slice']:04d}_{variant:03d}.png"
             pixels = np.random.RandomState(variant).rand(SIZE, SIZE) * 2 - 1
@@ -191,6 +192,7 @@ def make_synthetic(folder: Path) -> None:
                 "image": name, "case": item["case"], "slice": item["slice"], "variant": variant,
                 "source_image": Path(item["image"]).name, "kept": True, "reason": "",
                 "lineage_sha256": sha256_of_files([synthetic / "lineage.json"]),
+                "source_sha256": item["source_sha256"],
             })  # fmt: skip
     write_table(synthetic / "manifest.parquet", pd.DataFrame(rows))
 

@@ -94,6 +94,7 @@ def _write_variants(folder: Path, index: pd.DataFrame, sources: list[str]) -> No
             rows.append(
                 {"image": image, "case": case, "slice": 0, "variant": variant, "kept": True}
             )
-            rows[-1]["source_image"] = str(index.image[case])
+            rows[-1] |= {"source_image": str(index.image[case])}
+            rows[-1] |= {"source_sha256": index.source_sha256[case]}
             rows[-1]["lineage_sha256"] = sha256_of_files([folder / "lineage.json"])
     pd.DataFrame(rows).to_parquet(folder / "manifest.parquet")

@@ -158,6 +158,7 @@ class StoreWriter:
             "source_image": case.image.relative_to(self.root).as_posix(),
             "source_label": "|".join(labels),
             "source_sha256": loaded.sha256,
+            "image_sha256": loaded.image_sha256,
         }
 
     def _write_slice(self, case: str, number: int, image, label, edge) -> dict:

@@ -171,6 +171,7 @@ class TreeWriter:
             "sha256": hashes,
             "source_image": paths,
             "source_sha256": hashes,
+            "image_sha256": hashes,
         }
         return pa.table({name: columns[name] for name in INDEX_COLUMNS}, schema=SCHEMA)
 

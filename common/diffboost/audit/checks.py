@@ -45,8 +45,9 @@ def split_leaks(parts: Mapping[str, pd.DataFrame]) -> list[Leak]:
     """Cases that two parts of a split share, by name, by content, or by group.
 
     Args:
-        parts: name of a part -> its rows of a store's index (case, group, source_sha256, sha256,
-            foreground_px), the part that is learned from first, ``test`` last.
+        parts: name of a part -> its rows of a store's index (case, group, source_sha256,
+            image_sha256, sha256, foreground_px), the part that is learned from first, ``test``
+            last.
 
     Source: engineering choice (issue 5, "Lineage and leak guard").
     """
@@ -68,6 +69,7 @@ def _shared(rows: pd.DataFrame, others: pd.DataFrame) -> Iterator[tuple[str, str
         yield case, case, "case", "the same name"
     checks = (
         ("source_sha256", "image", "files of the same hash"),
+        ("image_sha256", "image", "image files of the same hash"),
         ("sha256", "image", "slices of the same hash"),
         ("group", "duplicate", "one group of duplicates"),
     )
@@ -89,31 +91,44 @@ def _telling_slices(rows: pd.DataFrame) -> pd.DataFrame:
 def lineage_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame) -> list[Leak]:
     """Held-out cases that a model or one of its ancestors has seen, themselves or a duplicate.
 
+    A case is known by the hash of its image and label files, or by that of its image file alone:
+    the image may have been seen without a label, or with another one.
+
     Args:
         lineage: as ``read_lineage`` gives it.
-        held_out: rows of the index of a store (case, group, source_sha256).
-        index: all rows; tells the group of a case that was seen, by its hash.
+        held_out: rows of the index of a store (case, group, source_sha256, image_sha256).
+        index: all rows; tells the group of a case that was seen, by its hashes.
 
     Returns:
         Leaks of kind ``generator``, and ``selection`` where a model was only selected on the case.
 
     Source: engineering choice (design, "lineage").
     """
-    held_out = held_out.drop_duplicates(["case", "group", "source_sha256"]).astype(str)
-    by_hash = dict(zip(held_out.source_sha256, held_out.case, strict=True))
-    by_group = dict(zip(held_out.group, held_out.case, strict=True))
-    groups = index.drop_duplicates("source_sha256").astype(str)
-    groups = dict(zip(groups.source_sha256, groups.group, strict=True))
-    leaks = []
+    cases, groups = _by_hash(held_out, "case"), _by_hash(index, "group")
+    by_group = dict(zip(held_out.group.astype(str), held_out.case.astype(str), strict=True))
+    leaks: dict[tuple, Leak] = {}
     for depth, kind, seen in seen_cases(lineage):
         model = "its lineage" if depth == 0 else f"an ancestor, {depth} back, in its lineage"
         for case, sha256 in seen:
-            if sha256 in by_hash:
-                leaks.append(Leak(kind, case, by_hash[sha256], f"{model}: the same hash"))
+            if sha256 in cases:
+                second, reason = cases[sha256], "the same hash"
             elif groups.get(sha256) in by_group:
-                second = by_group[groups[sha256]]
-                leaks.append(Leak(kind, case, second, f"{model}: one group of duplicates"))
-    return leaks
+                second, reason = by_group[groups[sha256]], "one group of duplicates"
+            else:
+                continue
+            leak = Leak(kind, case, second, f"{model}: {reason}")
+            leaks.setdefault((model, kind, case, second), leak)
+    return list(leaks.values())
+
+
+def _by_hash(rows: pd.DataFrame, column: str) -> dict[str, str]:
+    """A column of an index by hash, be it that of image and labels or that of the image alone."""
+    found: dict[str, str] = {}
+    for name in ("image_sha256", "source_sha256"):
+        known = rows[[name, column]].drop_duplicates(name).astype(str)
+        found |= dict(zip(known[name], known[column], strict=True))
+    found.pop("", None)  # of a store that does not know the hash of the image alone
+    return found
 
 
 def seen_cases(
@@ -126,17 +141,26 @@ def seen_cases(
         depth: of this lineage below the model's own, which is 0.
 
     Returns:
-        Depth, ``generator`` (taught) or ``selection``, and pairs (case, hash), one after the other.
+        Depth, ``generator`` (taught) or ``selection``, and pairs (case, hash), one after the other:
+        by the hash of image and label files, then by that of the image alone where it is known.
 
     Source: engineering choice (design, "lineage").
     """
     for key, kind in (("cases", "generator"), ("selection", "selection")):
-        cases = lineage.get(key, {})
-        if isinstance(cases, pa.Table):
-            cases = dict(zip(cases["case"].to_pylist(), cases["sha256"].to_pylist(), strict=True))
-        yield depth, kind, cases.items()
+        yield depth, kind, _case_hashes(lineage, key)
     for ancestor in lineage.get("ancestors", []):
         yield from seen_cases(ancestor, depth + 1)
+
+
+def _case_hashes(lineage: Mapping, key: str) -> Iterator[tuple[str, str]]:
+    """Pairs (case, hash) of ``cases`` or ``selection`` of a lineage, ancestors left out."""
+    cases, images = lineage.get(key, {}), lineage.get("images", {})
+    if isinstance(cases, pa.Table):
+        names = cases["case"].to_pylist()
+        hashes = (cases[name].to_pylist() for name in ("sha256", "image_sha256"))
+        cases, images = (dict(zip(names, column, strict=True)) for column in hashes)
+    yield from cases.items()
+    yield from ((case, images[case]) for case in cases if images.get(case))
 
 
 def variant_leaks(
@@ -166,7 +190,7 @@ def variant_leaks(
             f"synthetic_dir: {folder} has no lineage.json, so that nothing says which cases its "
             "generator saw; synthesize it again"
         )
-    columns = ["image", "case", "source_image", "lineage_sha256"]
+    columns = ["image", "case", "source_image", "source_sha256", "lineage_sha256"]
     manifest = read_manifest(folder, columns)
     if set(manifest.lineage_sha256) != {sha256_of_files([path])}:
         raise ValueError(f"synthetic_dir: {path} is not the lineage that the manifest names")
@@ -181,16 +205,16 @@ def variant_leaks(
 def _held_out_sources(
     manifest: pd.DataFrame, held_out: pd.DataFrame, index: pd.DataFrame
 ) -> list[Leak]:
-    """A leak for each held-out case that variants were made from, by name, by file, or by group."""
+    """A leak for each held-out case that variants were made from: by name, file, hash or group."""
     files = (Path(image).name for image in index.image)
-    case_of = dict(zip(files, index.case.astype(str), strict=True))
+    case_of = dict(zip(files, index.case.astype(str), strict=True))  # by file, and by hash
+    case_of |= _by_hash(index, "case") | _by_hash(held_out, "case")
     group_of = dict(zip(index.case.astype(str), index.group.astype(str), strict=True))
     judged = {group_of[case]: case for case in held_out.case.astype(str).unique()}
     leaks = {}
-    for image, case, source in zip(
-        manifest.image, manifest.case, manifest.source_image, strict=True
-    ):
-        for origin in (case, case_of.get(Path(source).name, case)):
+    columns = ["image", "case", "source_image", "source_sha256"]
+    for image, case, source, sha256 in manifest[columns].itertuples(index=False):
+        for origin in (case, case_of.get(Path(source).name, case), case_of.get(sha256, case)):
             second = judged.get(group_of.get(origin, origin))
             if second is not None and (origin, second) not in leaks:
                 reason = f"{image} was made from {origin}"
@@ -203,7 +227,7 @@ def model_leaks(lineage: Mapping, held_out: pd.DataFrame, index: pd.DataFrame) -
 
     Args:
         lineage: as ``guard_training`` writes it.
-        held_out: rows of the index of the store that judges it (case, group, source_sha256).
+        held_out: rows of the index of the store that judges it, see :func:`lineage_leaks`.
         index: all rows of that store.
 
     Source: engineering choice (issue 5, "Lineage and leak guard").

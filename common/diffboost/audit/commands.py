@@ -25,7 +25,8 @@ def leaks(
         synthetic_dir: a synthetic store made from it.
         generator_dir: a generator's folder, with lineage.json.
         model_dir: a segmenter's folder, with lineage.json and run.json.
-        fold: only this fold; all, or the one that a lineage names, if left out.
+        fold: only this fold; left out: all, but a model or its variants on the one that their
+            run.json or lineage names, if one does.
         inner_fraction: share of the training cases kept for inner validation.
         output: a CSV file for the leaks.
     """

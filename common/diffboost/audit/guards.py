@@ -27,7 +27,7 @@ from diffboost.segmentation.loading import read_record
 
 logger = logging.getLogger(__name__)
 
-CASE_COLUMNS = ["case", "section", "fold", "group", "source_sha256"]
+CASE_COLUMNS = ["case", "section", "fold", "group", "source_sha256", "image_sha256"]
 SLICE_COLUMNS = ["sha256", "foreground_px"]
 SHOWN = 5
 
@@ -75,7 +75,8 @@ def guard_training(
         allow_selection_on_test: do not refuse that test cases choose the model (protocol paper).
 
     Returns:
-        The lineage: what ``trace_lineage`` says of a generator, and ``selection``: case -> hash.
+        The lineage: what ``trace_lineage`` says of a generator, and ``selection``: case -> hash;
+        ``images`` has the cases of both.
 
     Raises:
         ValueError: there is a leak; the pair is named. Or ``weights`` hold code or are damaged.
@@ -108,8 +109,9 @@ def guard_training(
     lineage = {
         "store": store.header["name"],
         "fold": fold,
-        "cases": _hashes(parts["training"]),
-        "selection": _hashes(parts["validation"]),
+        "cases": _hashes(parts["training"], "source_sha256"),
+        "selection": _hashes(parts["validation"], "source_sha256"),
+        "images": _hashes(index[index.case.isin(trained | chosen)], "image_sha256"),
         "ancestors": ancestors,
     }
     if lineage_dir is not None and is_main_process():
@@ -128,10 +130,10 @@ def _lineage_beside(weights: str | None) -> dict | None:
     return None
 
 
-def _hashes(rows: pd.DataFrame) -> dict[str, str]:
-    """case -> hash of its source files."""
-    rows = rows.drop_duplicates("case").astype(str)
-    return dict(sorted(zip(rows["case"], rows.source_sha256, strict=True)))
+def _hashes(rows: pd.DataFrame, column: str) -> dict[str, str]:
+    """case -> hash in a column of the index, where the store knows it."""
+    rows = rows[rows[column] != ""].drop_duplicates("case").astype(str)
+    return dict(sorted(zip(rows["case"], rows[column], strict=True)))
 
 
 def guard_generator(store_dir: str, fold: int | None, lineage: Mapping) -> None:

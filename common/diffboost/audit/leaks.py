@@ -5,7 +5,8 @@ are hashed again and compared with each other, turned, mirrored, cropped and re-
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from diffboost.audit.checks import (
 )
 from diffboost.data.comparison import NEAR_DUPLICATE
 from diffboost.data.containment import inside, refuse_special
+from diffboost.data.documents import read_json
 from diffboost.data.duplicates import PAIR_COLUMNS, find_duplicates, is_too_large
 from diffboost.data.images import read_image
 from diffboost.data.manifest import read_manifest
@@ -29,6 +31,7 @@ from diffboost.data.slices import SliceStore, read_store
 from diffboost.data.splits import group_cases, select
 from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.lineage import read_lineage
+from diffboost.runs import RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ def audit_leaks(
         synthetic_dir: a synthetic store; its variants are for training on ``fold``.
         generator_dir: folder with a generator's lineage.json.
         model_dir: folder with a segmenter's lineage.json and run.json.
-        fold: audit this fold; None audits all, and models on the fold that their lineage names.
+        fold: audit this fold; None audits all, but a model or its variants on the fold alone that
+            their run.json or lineage names, if one does.
         inner_fraction: share of the training fold's cases for inner validation.
         num_cases: of the training fold, see ``select``.
         pairs: what ``find_duplicates`` says of the store, if that is known; None searches.
@@ -73,27 +77,39 @@ def audit_leaks(
         pairs = _search(store, index)
     joined = _join_groups(index, pairs)
     folds = sorted({int(number) for number in index.fold if number >= 0}) or [0]
-    found: dict[tuple, list] = {}
-    for number in folds if fold is None else [fold]:
+    folds = folds if fold is None else [fold]
+
+    def split(number: int) -> list[Leak]:
         parts = _parts(index, number, inner_fraction, num_cases)
         parts = {name: rows.assign(group=joined[rows.index]) for name, rows in parts.items()}
-        leaks = _named_by_pairs(split_leaks(parts), pairs)
-        for leak in leaks:
-            key = (leak.kind, *sorted((leak.first, leak.second)))
-            found.setdefault(key, [leak, []])[1].append(number)
-    leaks = [
-        Leak(leak.kind, leak.first, leak.second, f"{leak.reason}; folds {_listed(numbers)}")
-        for leak, numbers in found.values()
-    ]
-    index["group"] = joined
+        return _named_by_pairs(split_leaks(parts), pairs)
+
+    leaks = _over_folds(folds, split)
+    judged = index.assign(group=joined)
     for folder, check in (
         (synthetic_dir, _audit_variants),
         (generator_dir, _audit_generator),
         (model_dir, _audit_model),
     ):
         if folder is not None:
-            leaks += check(Path(folder), index, fold)
+            own = _fold_of(Path(folder)) if fold is None else None
+            leaks += check(Path(folder), judged, folds if own is None else [own])
     return leaks
+
+
+def _over_folds(folds: Sequence[int], check: Callable[[int], list[Leak]]) -> list[Leak]:
+    """The leaks of several folds, each pair once, with the folds in which it is one."""
+    found: dict[tuple, tuple[Leak, list[str]]] = {}
+    for fold in folds:
+        for leak in check(fold):
+            key = (leak.kind, *sorted((leak.first, leak.second)))
+            named = found.setdefault(key, (leak, []))[1]
+            if str(fold) not in named:  # by a model and by one before it, it is one leak
+                named.append(str(fold))
+    return [
+        replace(leak, reason=f"{leak.reason}; folds {', '.join(named)}")
+        for leak, named in found.values()
+    ]
 
 
 def _parts(
@@ -162,53 +178,55 @@ def _named_by_pairs(leaks: Sequence[Leak], pairs: pd.DataFrame) -> list[Leak]:
     return named
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
-
-
-def _held_out(index: pd.DataFrame, fold: int | None) -> pd.DataFrame:
-    """The test rows of a fold; of a store whose test section is given, of any."""
-    if fold is None and not (index.section == "test").any():
-        return index.iloc[:0]
-    return select(index, fold or 0, "test")
-
-
-def _audit_variants(folder: Path, index: pd.DataFrame, fold: int | None) -> list[Leak]:
+def _audit_variants(folder: Path, index: pd.DataFrame, folds: Sequence[int]) -> list[Leak]:
     """Variants from held-out cases, by manifest and by what their PNGs say, and their lineage."""
-    fold = _fold_of(folder, fold)
     manifest = read_manifest(folder, ["image", "case"])
     images = tqdm(manifest.image, "variants", unit="PNG")
-    held_out = _held_out(index, fold)
-    judged = dict(zip(held_out.case.astype(str), held_out.case.astype(str), strict=True))
-    leaks = variant_leaks(folder, held_out, index)
-    for image, case in zip(images, manifest.case, strict=True):
-        file = read_image(inside(folder, image, "image"), "synthetic_dir")
-        told = getattr(file, "text", {}).get(f"{TEXT}case", case)
-        if told != case and told in judged:
-            reason = f"its PNG says that it was made from {told}, the manifest says {case}"
-            leaks.append(Leak("generator", image, told, reason))
-    return leaks
+    files = (read_image(inside(folder, image, "image"), "synthetic_dir") for image in images)
+    told = [getattr(file, "text", {}).get(f"{TEXT}case") for file in files]
+
+    def check(fold: int) -> list[Leak]:
+        held_out = select(index, fold, "test")
+        leaks, cases = variant_leaks(folder, held_out, index), set(held_out.case.astype(str))
+        for image, case, own in zip(manifest.image, manifest.case, told, strict=True):
+            if own != case and own in cases:
+                reason = f"its PNG says that it was made from {own}, the manifest says {case}"
+                leaks.append(Leak("generator", image, own, reason))
+        return leaks
+
+    return _over_folds(folds, check)
 
 
-def _audit_generator(folder: Path, index: pd.DataFrame, fold: int | None) -> list[Leak]:
-    return lineage_leaks(_lineage(folder), _held_out(index, _fold_of(folder, fold)), index)
+def _audit_generator(folder: Path, index: pd.DataFrame, folds: Sequence[int]) -> list[Leak]:
+    """Held-out cases that a generator or a model before it has seen."""
+    lineage = _lineage(folder)
+
+    def check(fold: int) -> list[Leak]:
+        return lineage_leaks(lineage, select(index, fold, "test"), index)
+
+    return _over_folds(folds, check)
 
 
-def _audit_model(folder: Path, index: pd.DataFrame, fold: int | None) -> list[Leak]:
+def _audit_model(folder: Path, index: pd.DataFrame, folds: Sequence[int]) -> list[Leak]:
     """What a segmenter was trained and selected on; and what its run.json says about that."""
-    lineage, fold = _lineage(folder), _fold_of(folder, fold)
-    held_out = _held_out(index, fold)
-    leaks = model_leaks(lineage, held_out, index)
-    if selected_on_test(folder) and not any(leak.kind == "selection" for leak in leaks):
-        names = sorted(set(held_out.case.astype(str))) or ["test"]
-        reason = f"run.json says selection test; fold {fold}"
-        leaks.append(Leak("selection", str(folder), names[0], reason))
-    return leaks
+    lineage = _lineage(folder)
+
+    def check(fold: int) -> list[Leak]:
+        held_out = select(index, fold, "test")
+        leaks = model_leaks(lineage, held_out, index)
+        if selected_on_test(folder) and not any(leak.kind == "selection" for leak in leaks):
+            names = sorted(set(held_out.case.astype(str))) or ["test"]
+            leaks.append(Leak("selection", str(folder), names[0], "run.json says selection test"))
+        return leaks
+
+    return _over_folds(folds, check)
 
 
-def _fold_of(folder: Path, fold: int | None) -> int | None:
-    """The fold to judge a model or its variants on: the given one, or that of its lineage."""
-    return fold if fold is not None else _lineage(folder).get("fold")
+def _fold_of(folder: Path) -> int | None:
+    """The fold for which a model or variants were made; None: its files name none."""
+    record = folder / RECORD
+    named = read_json(record, str(folder)).get("fold") if record.is_file() else None
+    return _lineage(folder).get("fold") if named is None else named
 
 
 def _lineage(folder: Path) -> dict:

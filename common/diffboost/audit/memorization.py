@@ -120,11 +120,12 @@ def _training_rows(store: SliceStore, lineage: Mapping) -> pd.DataFrame:
     """The store's slices of cases that the generator or an ancestor saw, group by group."""
     taught = (seen for _, kind, seen in seen_cases(lineage) if kind == "generator")
     hashes = {sha256 for seen in taught for _, sha256 in seen}
-    rows = store.index[store.index.source_sha256.isin(hashes)]
+    index = store.index
+    rows = index[index.source_sha256.isin(hashes) | index.image_sha256.isin(hashes)]
     if rows.empty:
         raise ValueError(
-            f"store_dir: {store.store_dir} has none of the {len(hashes)} cases that lineage.json "
-            "names; the variants were made from another store"
+            f"store_dir: {store.store_dir} has none of the cases that lineage.json names; the "
+            "variants were made from another store"
         )
     return rows.sort_values(["group", "case", "slice"], ignore_index=True)
 

@@ -10,14 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffboost.data.containment import check_folder, refuse_names
-from diffboost.data.tables import open_table, refuse_empty_cells
+from diffboost.data.tables import open_table, refuse_empty_cells, with_texts
 
 INDEX_KINDS = {
     **dict.fromkeys(("case", "image", "label", "edge", "image_root", "prompt", "section"), "text"),
     **dict.fromkeys(("group", "sha256", "source_image", "source_label", "source_sha256"), "text"),
+    "image_sha256": "text",
     **dict.fromkeys(("slice", "fold", "foreground_px"), "whole number"),
     **dict.fromkeys(("spacing_mm", "original_shape", "affine"), "list"),
 }
+LATER_COLUMNS = {3: ("image_sha256",)}  # store_version -> what its index lacks
 FILE_COLUMNS = ("image", "label", "edge")
 ITEM_COLUMNS = ("image", "image_root", "edge", "label", "prompt", "case", "slice", "sha256")
 REPEATED = ["image_root", "label", "prompt", "section", "source_sha256"]  # few different values
@@ -50,13 +52,13 @@ class SliceItems(Sequence):
 
     def _read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """Some columns of the chosen rows, a part of the index at a time."""
-        path, kinds = (
-            self.store_dir / "index.parquet",
-            {name: INDEX_KINDS[name] for name in columns},
-        )
-        with open_table(path, "store_dir", kinds, REPEATED) as file:
+        path = self.store_dir / "index.parquet"
+        kinds = {name: INDEX_KINDS[name] for name in columns}
+        later = [name for name in later_columns(self.header) if name in kinds]
+        with open_table(path, "store_dir", kinds, REPEATED, later) as file:
             start = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=list(columns), use_threads=False):
+                batch = with_texts(batch, later)
                 refuse_empty_cells(batch, path, "store_dir")
                 first, last = np.searchsorted(self.rows, (start, start + len(batch)))
                 yield batch.take(pa.array(self.rows[first:last] - start))
@@ -125,20 +127,24 @@ class SliceItems(Sequence):
         return self.unique("case")
 
     def case_hashes(self) -> pa.Table:
-        """The hash of every case's source files.
+        """The hashes of every case's source files.
 
         Returns:
-            Columns ``case`` and ``sha256`` (str), a row a case, in the index's order, which has
-            the slices of a case one after the other.
+            Columns ``case``, ``sha256`` (of image and label files) and ``image_sha256`` (of the
+            image file alone; empty where it is the same, or not known), all str; a row a case, in
+            the index's order, which has the slices of a case one after the other.
 
         Source: engineering choice (design, "lineage").
         """
         parts, last = [], None
-        for batch in self._read(["case", "source_sha256"]):
+        for batch in self._read(["case", "source_sha256", "image_sha256"]):
             cases = pa.concat_arrays([pa.array([last], pa.string()), batch["case"].cast("string")])
             first = pc.fill_null(pc.not_equal(cases[1:], cases[:-1]), True)  # noqa: FBT003
             hashes = batch["source_sha256"].cast("string")
-            parts.append(pa.table({"case": cases[1:], "sha256": hashes}).filter(first))
+            images = batch["image_sha256"].cast("string")
+            images = pc.if_else(pc.equal(images, hashes), "", images)
+            columns = {"case": cases[1:], "sha256": hashes, "image_sha256": images}
+            parts.append(pa.table(columns).filter(first))
             last = cases[-1].as_py()
         _give_back_memory()
         return pa.concat_tables(parts)
@@ -158,6 +164,17 @@ class SliceItems(Sequence):
             for row in zip(*(batch[name].to_pylist() for name in columns), strict=True):
                 digest.update("\x1f".join(map(str, row)).encode() + b"\n")
         return digest.hexdigest()
+
+
+def later_columns(header: Mapping) -> tuple[str, ...]:
+    """Columns that a store's index lacks, since its version had none; they are empty texts.
+
+    Args:
+        header: contents of its dataset.json.
+
+    Source: engineering choice.
+    """
+    return LATER_COLUMNS.get(header.get("store_version"), ())
 
 
 def _give_back_memory() -> None:

@@ -27,7 +27,8 @@ class LoadedCase:
     """A case as slices: images (D, 1, S, S) in [-1, 1], labels (D, 1, S, S) uint8.
 
     ``spacing_mm``: 3 floats, oriented H, W, D; ``original_shape``: 3 ints and ``affine``: 16
-    floats, as in the file; ``sha256``: hash of the image file and its label files.
+    floats, as in the file; ``sha256``: hash of the image file and its label files,
+    ``image_sha256``: of the image file alone.
     """
 
     images: torch.Tensor
@@ -36,6 +37,7 @@ class LoadedCase:
     original_shape: list[int]
     affine: list[float]
     sha256: str
+    image_sha256: str
 
 
 class CaseDataset(Dataset):
@@ -94,6 +96,7 @@ class CaseDataset(Dataset):
             [int(side) for side in shape][:3],
             [float(value) for value in np.asarray(affine).ravel()],
             sha256_of_files([case.image, *case.labels]),
+            sha256_of_files([case.image]),
         )
 
 

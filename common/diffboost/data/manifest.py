@@ -10,7 +10,7 @@ from diffboost.data.tables import read_table, to_frame
 
 KINDS = {
     **dict.fromkeys(("image", "case", "source_image", "edge", "label", "lineage_sha256"), "text"),
-    "sha256": "text",
+    **dict.fromkeys(("sha256", "source_sha256"), "text"),
     **dict.fromkeys(("slice", "variant"), "whole number"),
     "kept": "yes or no",
 }

@@ -14,16 +14,22 @@ from PIL.PngImagePlugin import PngInfo
 from diffboost.data.containment import check_folder, inside, refuse_names
 from diffboost.data.documents import read_json
 from diffboost.data.hashes import check_header, check_source
-from diffboost.data.items import FILE_COLUMNS, INDEX_KINDS, SliceItems
+from diffboost.data.items import (
+    FILE_COLUMNS,
+    INDEX_KINDS,
+    LATER_COLUMNS,
+    SliceItems,
+    later_columns,
+)
 from diffboost.data.pseudonyms import read_sources
 from diffboost.data.splits import needs_names, select
-from diffboost.data.tables import open_table, read_table, refuse_empty_cells, to_frame
+from diffboost.data.tables import open_table, read_table, refuse_empty_cells, to_frame, with_texts
 
-STORE_VERSION = 3
+STORE_VERSION = 4  # 3, which is read too, lacks image_sha256
 INDEX_COLUMNS = (
     "case", "slice", "image", "label", "edge", "image_root", "prompt", "section", "fold",
     "group", "spacing_mm", "original_shape", "affine", "foreground_px", "sha256", "source_image",
-    "source_label", "source_sha256",
+    "source_label", "source_sha256", "image_sha256",
 )  # fmt: skip
 
 
@@ -37,8 +43,9 @@ class SliceStore:
     @cached_property
     def index(self) -> pd.DataFrame:
         """The whole index; of a tree with a million images rather read some ``columns``."""
-        with open_table(self.index_path, "store_dir", INDEX_KINDS) as file:
-            table = file.read(use_threads=False)
+        later = later_columns(self.header)
+        with open_table(self.index_path, "store_dir", INDEX_KINDS, later=later) as file:
+            table = with_texts(file.read(use_threads=False), later)
             refuse_empty_cells(table.select(INDEX_KINDS), self.index_path, "store_dir")
         for name in (*FILE_COLUMNS, "source_image", "source_label"):
             names = table[name]
@@ -50,7 +57,8 @@ class SliceStore:
     def columns(self, names: Sequence[str]) -> pd.DataFrame:
         """Some columns of the index, backed by Arrow: a hundred bytes a row, not a thousand."""
         kinds = {name: INDEX_KINDS[name] for name in names}
-        table = read_table(self.index_path, "store_dir", kinds)
+        later = later_columns(self.header)
+        table = read_table(self.index_path, "store_dir", kinds, later=later)
         return to_frame(table, types_mapper=pd.ArrowDtype)
 
     def source_sha256(self) -> dict[str, str]:
@@ -108,10 +116,11 @@ def read_store(store_dir: str | Path) -> SliceStore:
         )
     header = read_json(header_path, "store_dir")
     version = header.get("store_version")
-    if version != STORE_VERSION:
+    if version not in (STORE_VERSION, *LATER_COLUMNS):
         raise ValueError(
-            f"store_dir: {store_dir} has store_version {version}, this program reads version "
-            f"{STORE_VERSION}; run prepare again into a new folder"
+            f"store_dir: {store_dir} has store_version {version}, this program reads the versions "
+            f"{', '.join(map(str, (*LATER_COLUMNS, STORE_VERSION)))}; run prepare again into a new "
+            "folder"
         )
     check_header(header, header_path)
     return SliceStore(store_dir, header)

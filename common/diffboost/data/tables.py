@@ -1,6 +1,6 @@
 """Tables from outside: parquet and CSV, read within limits, with errors that name file and key."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,7 +51,11 @@ def read_csv(path: str | Path, key: str, columns: Iterable[str] = (), **options)
 
 @contextmanager
 def open_table(
-    path: str | Path, key: str, columns: Mapping[str, str], dictionaries: Iterable[str] = ()
+    path: str | Path,
+    key: str,
+    columns: Mapping[str, str],
+    dictionaries: Iterable[str] = (),
+    later: Collection[str] = (),
 ) -> Iterator[pq.ParquetFile]:
     """A parquet file, checked by its footer; errors while it is read name it.
 
@@ -63,6 +67,7 @@ def open_table(
         columns: names that must be there -> kind of their values: "text", "whole number", "number",
             "yes or no" or "list".
         dictionaries: columns of few different texts, read as such.
+        later: those of ``columns`` that the file lacks if an older version wrote it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -76,7 +81,7 @@ def open_table(
         with pq.ParquetFile(
             path, read_dictionary=list(dictionaries), page_checksum_verification=True
         ) as file:
-            _check_footer(file, columns, path, key)
+            _check_footer(file, columns, later, path, key)
             yield file
     except FileNotFoundError:
         raise
@@ -87,7 +92,11 @@ def open_table(
 
 
 def _check_footer(
-    file: pq.ParquetFile, columns: Mapping[str, str], path: str | Path, key: str
+    file: pq.ParquetFile,
+    columns: Mapping[str, str],
+    later: Collection[str],
+    path: str | Path,
+    key: str,
 ) -> None:
     """Raises ValueError if the footer contradicts itself, or what is needed."""
     footer = file.metadata
@@ -101,12 +110,12 @@ def _check_footer(
     schema = file.schema_arrow
     if len(set(schema.names)) < len(schema.names):
         raise ValueError(f"{key}: {path} has two columns of one name")
-    _refuse_missing(schema.names, columns, path, key)
-    for name, kind in columns.items():
+    _refuse_missing(schema.names, [name for name in columns if name not in later], path, key)
+    for name in [name for name in columns if name in schema.names]:
         found = schema.field(name).type
         found = found.value_type if pa.types.is_dictionary(found) else found
-        if not _KINDS[kind](found):
-            raise ValueError(f"{key}: {path}: column '{name}' holds {found}, no {kind}")
+        if not _KINDS[columns[name]](found):
+            raise ValueError(f"{key}: {path}: column '{name}' holds {found}, no {columns[name]}")
 
 
 def _refuse_missing(
@@ -124,11 +133,13 @@ def read_table(
     columns: Mapping[str, str],
     dictionaries: Iterable[str] = (),
     others: bool = False,
+    later: Collection[str] = (),
 ) -> pa.Table:
     """Columns of a parquet file; see :func:`open_table`.
 
     Args:
         path, key, columns, dictionaries: see :func:`open_table`.
+        later: see :func:`open_table`; texts, empty where the file lacks the column.
         others: read the other columns too, unchecked.
 
     Raises:
@@ -136,12 +147,30 @@ def read_table(
 
     Source: engineering choice (issue 5, "Hostile input").
     """
-    with open_table(path, key, columns, dictionaries) as file:
+    with open_table(path, key, columns, dictionaries, later) as file:
         table = file.read(columns=None if others else list(columns), use_threads=False)
+        table = with_texts(table, [name for name in columns if name in later])
         refuse_empty_cells(table.select(list(columns)), path, key)
         if len(table) != file.metadata.num_rows:
             raise ValueError(f"{key}: {path} is damaged: rows are missing")
     return table
+
+
+def with_texts(table: pa.Table | pa.RecordBatch, names: Iterable[str]) -> pa.Table | pa.RecordBatch:
+    """A table with these columns, of empty texts where it lacks one.
+
+    Args:
+        table: any.
+        names: of columns.
+
+    Source: engineering choice (what an older version wrote stays readable).
+    """
+    missing = [name for name in names if name not in table.schema.names]
+    if not missing:
+        return table
+    texts = pa.array([""] * len(table), pa.string())
+    columns = [*table.columns, *(texts for _ in missing)]
+    return type(table).from_arrays(columns, names=[*table.schema.names, *missing])
 
 
 def to_frame(table: pa.Table, **options) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Lineage files: which cases a model has seen, in lineage.json or, when many, in a table beside it.
 
-In memory ``cases`` is a dictionary case -> hash, or a table with the columns case and sha256.
+In memory ``cases`` is a dictionary case -> hash of the source files, with ``images`` (case -> hash
+of the image file alone) beside it, or a table with the columns case, sha256 and image_sha256.
 """
 
 import functools
@@ -21,25 +22,31 @@ from diffboost.processes import is_main_process, wait_for_processes
 
 LARGEST_INLINE = 20_000  # cases; a lineage.json of a million would take minutes to open
 SIDE_FILE = "lineage_cases"
+TABLE_KINDS = dict.fromkeys(("case", "sha256", "image_sha256"), "text")
 REFERENCE = {"file", "num_cases", "sha256"}  # keys that stand for a table beside lineage.json
 
 
-def hash_cases(data: SliceItems) -> dict[str, str] | pa.Table:
-    """The hash of every case's source files.
+def hash_cases(data: SliceItems) -> dict[str, dict[str, str] | pa.Table]:
+    """What a lineage says of the cases that teach a model: the hashes of their source files.
 
     Args:
         data: slices of a store.
 
     Returns:
-        case -> 64 hexadecimal digits; above 20,000 cases a table (case, sha256) that takes a tenth
-        of the memory.
+        ``cases``: case -> 64 hexadecimal digits of image and label files; ``images``: the same of
+        the image file alone, without the cases where the store knows no other hash. Above 20,000
+        cases ``cases`` alone, a table of both hashes that takes a tenth of the memory.
 
     Source: engineering choice (design, "lineage").
     """
     table = data.case_hashes()
     if len(table) > LARGEST_INLINE:
-        return table
-    return dict(zip(table["case"].to_pylist(), table["sha256"].to_pylist(), strict=True))
+        return {"cases": table}
+    rows = table.to_pylist()
+    return {
+        "cases": {row["case"]: row["sha256"] for row in rows},
+        "images": {row["case"]: row["image_sha256"] for row in rows if row["image_sha256"]},
+    }
 
 
 def read_lineage(path: str | Path) -> dict:
@@ -61,7 +68,7 @@ def read_lineage(path: str | Path) -> dict:
             table = inside(path.parent, reference["file"], f"lineage: {path}: file")
             if not table.is_file() or sha256_of_files([table]) != reference["sha256"]:
                 raise ValueError(f"{path}: {table.name} beside it is missing or another file")
-            member["cases"] = read_table(table, "lineage", {"case": "text", "sha256": "text"})
+            member["cases"] = read_table(table, "lineage", TABLE_KINDS, later=["image_sha256"])
     return lineage
 
 
@@ -80,7 +87,8 @@ def read_lineage_document(path: str | Path) -> dict:
     lineage = read_json(path, "lineage")
     check_digest(lineage, path, "lineage")
     for member in _members(lineage, path):
-        for cases in (member.get("cases"), member.get("selection", {})):
+        optional = (member.get(name, {}) for name in ("images", "selection"))
+        for cases in (member.get("cases"), *optional):
             texts = isinstance(cases, dict) and set(cases) != REFERENCE
             if not isinstance(cases, dict) or (
                 texts and not all(isinstance(value, str) for value in cases.values())

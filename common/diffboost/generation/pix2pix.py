@@ -150,7 +150,7 @@ def trace_translator(store_dir: str, data: SliceItems, seed: int) -> dict:
     Source: engineering choice (design, "lineage").
     """
     store = read_store(store_dir).header["name"]
-    return {"store": store, "seed": seed, "cases": hash_cases(data), "ancestors": []}
+    return {"store": store, "seed": seed, **hash_cases(data), "ancestors": []}
 
 
 def load_translator(pix2pix_dir: str) -> EdgeTranslator:

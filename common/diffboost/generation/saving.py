@@ -49,7 +49,7 @@ def trace_lineage(
             consistency.
 
     Returns:
-        What ``write_lineage`` writes; ``cases`` see ``hash_cases``.
+        What ``write_lineage`` writes; ``cases`` and ``images`` see ``hash_cases``.
 
     Raises:
         ValueError: ``weights`` predict neither noise nor what is to be predicted.
@@ -73,7 +73,7 @@ def trace_lineage(
         "prompts": data.unique("prompt"),
         "fold": fold,
         "seed": seed,
-        "cases": hash_cases(data),
+        **hash_cases(data),
         "backbone": Path(backbone).name if Path(backbone).exists() else backbone,
         "backbone_sha256": backbone_sha256(backbone),
         "train_base": train_base,

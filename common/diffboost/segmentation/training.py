@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from monai.engines import PrepareBatchDefault, PrepareBatchExtraInput
 from monai.engines.utils import PrepareBatch
 
+from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store, slice_items
 from diffboost.knobs import nearest
 from diffboost.segmentation.arms import SYNTHETIC_ARM, split_arm
@@ -57,8 +58,9 @@ def training_items(
         where their anatomy was deformed, ``variant_labels``.
 
     Raises:
-        ValueError: arm and synthetic_dir disagree, a size or number does not fit the store, or
-            training slices have no variant in the manifest.
+        ValueError: arm and synthetic_dir disagree, a size or number does not fit the store,
+            training slices have no variant in the manifest, or variants of a case's name were made
+            from other files than the case.
 
     Source: facts 23
     """
@@ -77,6 +79,7 @@ def training_items(
     )
     if not needs_variants:
         return items
+    _refuse_other_sources(items, store_dir, synthetic_dir)
     variants = variants_by_slice(synthetic_dir, num_variants)
     missing = [item for item in items if _place(item) not in variants]
     if missing:
@@ -99,6 +102,23 @@ def with_labels(variants: list[str]) -> dict:
     """
     labels = own_labels(variants)
     return {"variants": variants} | ({} if labels is None else {"variant_labels": labels})
+
+
+def _refuse_other_sources(items: Sequence[dict], store_dir: str, synthetic_dir: str) -> None:
+    """Raises ValueError for variants of another scan or label that has a training case's name."""
+    rows = read_manifest(synthetic_dir, ["case", "source_sha256"])
+    rows = rows[rows["case"].isin({item["case"] for item in items})]
+    own = rows["case"].map(read_store(store_dir).source_sha256())
+    wrong = rows[rows["source_sha256"] != own]
+    if len(wrong):
+        case, sha256 = wrong.iloc[0]
+        raise ValueError(
+            f"synthetic_dir: {synthetic_dir}: the variants of case '{case}' were made from files "
+            f"of source_sha256 {sha256[:12]}…, the case of this name in {store_dir} has "
+            f"{own[wrong.index[0]][:12]}…: another scan or another label, as in "
+            f"{wrong['case'].nunique()} training cases. Synthesize from this store, or name in "
+            "store_dir the one that the variants were made from"
+        )
 
 
 def _place(item: dict) -> tuple[str, int]:
