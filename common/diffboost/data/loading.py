@@ -87,7 +87,7 @@ class CaseDataset(Dataset):
         affine = np.eye(4) if flat else image.meta["original_affine"]
         item = self.preprocessing(item, start=cut)
         images, labels = (item[key].as_tensor().movedim(-1, 0) for key in ("image", "label"))
-        if images.abs().max() > 1 + 1e-4 or images.min() == images.max():
+        if not images.abs().max() <= 1 + 1e-4 or images.min() == images.max():  # NaN, too
             raise ValueError("the image has no contrast within the task's intensity range")
         return LoadedCase(
             images.contiguous(),
