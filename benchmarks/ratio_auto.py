@@ -9,8 +9,9 @@ default sampler. Then segmenters (U-Net, `--segmenters` seeds each) are trained 
 own stage grows a store from nothing, trains its probes and chooses, with its default budget.
 
 Regret: the best mean Dice over the five ratios, less that of the chosen one, in points (1 = 0.01).
-The largest of five noisy means is too high by chance, so the standard error of the difference
-stands beside it (over segmenter seeds, paired), and the regret of always taking 1, 5 or 20. Cost:
+The largest of five noisy means is too high by chance. So three figures stand beside it: the
+standard error of the difference (over segmenter seeds, paired), the regret against the ratio that
+the other seeds call the best, seed by seed, and the regret of always taking 1, 5 or 20. Cost:
 FLOPs (counted) and CPU seconds (measured) of the search, over those of 20 variants a slice and one
 training on them. A ratio that is none of the five is scored by its own trainings.
 
@@ -158,6 +159,18 @@ def regret(truth: dict[int, np.ndarray], ratio: int) -> tuple[float, float]:
     return float(difference.mean()), float(error)
 
 
+def regret_by_others(truth: dict[int, np.ndarray], ratio: int) -> float:
+    """Mean regret where the best ratio for a segmenter seed is that of all the other seeds."""
+    if len(truth[ratio]) == 1:
+        return float("nan")
+    others = {r: (points.sum() - points) / (len(points) - 1) for r, points in truth.items()}
+    found = []
+    for seed, points in enumerate(truth[ratio]):
+        best = max(RATIOS, key=lambda r: others[r][seed])
+        found.append(truth[best][seed] - points)
+    return float(np.mean(found))
+
+
 def measure(folder: Path, seed: int, options: argparse.Namespace) -> dict | None:
     """One seed of phantoms: the truth, what auto chose and at what cost; None for truth alone."""
     variants_cpu = make_variants(folder, seed)
@@ -179,6 +192,7 @@ def measure(folder: Path, seed: int, options: argparse.Namespace) -> dict | None
         "why": chosen["why"],
         "regret": round(points, 3),
         "regret_se": round(error, 3),
+        "regret_by_others": round(regret_by_others(truth, ratio), 3),
         "share_flops": round(chosen["flops"]["share"], 3),
         "share_cpu_seconds": round(chosen["cpu"] / (variants_cpu + np.mean(trainings)), 3),
         "regret_of_always": {r: round(regret(truth, r)[0], 3) for r in (1, 5, 20)},

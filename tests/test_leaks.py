@@ -213,8 +213,8 @@ def test_slices_of_one_volume_are_in_one_fold(tmp_path, monkeypatch, kind):
     store_dir = prepare(
         tmp_path / "raw", tmp_path / "store", TASK_2D, 32, "gradient", num_folds=2, **knobs
     )
-    index = read_store(store_dir).index
-    source = index.source_image
+    store = read_store(store_dir)
+    index, source = store.index, store.index.source_image
     if kind == "pseudonyms":
         assert set(source) == {""}
         source = index.case.map(lambda case: read_sources(store_dir)[1][case][0])
@@ -223,6 +223,11 @@ def test_slices_of_one_volume_are_in_one_fold(tmp_path, monkeypatch, kind):
     assert set(volume) == {"liver_0", "liver_1"} and index.group.nunique() == 2
     assert (index.groupby(volume).fold.nunique() == 1).all()
     assert len(pd.read_csv(store_dir / "duplicates.csv")) == 6
+    if kind == "large":  # the audit knows volumes by their names, too
+        alone = store.index.assign(group=source, fold=np.arange(8) % 2)
+        alone.to_parquet(store_dir / "index.parquet")
+        found = {leak.kind for leak in audit_leaks(store_dir, inner_fraction=0.0)}
+        assert found == {"volume", "duplicate"}  # the second: two that a third joins
 
 
 def test_alignment_recovers_a_known_turn():

@@ -24,7 +24,7 @@ from diffboost.audit.checks import (
 from diffboost.data.comparison import NEAR_DUPLICATE
 from diffboost.data.containment import inside, refuse_special
 from diffboost.data.documents import read_json
-from diffboost.data.duplicates import PAIR_COLUMNS, find_duplicates, is_too_large
+from diffboost.data.duplicates import find_duplicates, is_too_large, numbered_slices
 from diffboost.data.images import read_image
 from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import SliceStore, read_store
@@ -134,16 +134,16 @@ def _hash_again(store: SliceStore) -> pd.DataFrame:
 
 
 def _search(store: SliceStore, index: pd.DataFrame) -> pd.DataFrame:
-    """Pairs of cases that show the same scan; none, with a warning, in too large a store."""
+    """Pairs of cases that show the same scan; in too large a store by their files' names alone."""
     if is_too_large(index):
         logger.warning(
-            "%s: %d cases with %d slices are too many to compare the images; names, hashes, groups "
-            "and lineages are audited",
+            "%s: %d cases with %d slices are too many to compare the images; names (such as "
+            "liver_7_slice_12), hashes, groups and lineages are audited",
             store.store_dir,
             index.case.nunique(),
             len(index),
         )
-        return pd.DataFrame(columns=list(PAIR_COLUMNS))
+        return numbered_slices(index)
     paths = [store.image_path(row) for _, row in index[["image", "image_root"]].iterrows()]
     # A case whose rows stand in several places is one for the search.
     order = index.reset_index(drop=True).sort_values(["case", "slice"], kind="stable").index
