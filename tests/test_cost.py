@@ -216,6 +216,7 @@ def paper_fold(tmp_path_factory):
         "synthesis": {"ratio": 50, "scheduler": "ddim", "num_inference_steps": 20,
                       "guidance_scale": 9.0, "inner_fraction": 0.0},
         "segmentation": {"epochs": 100, "inner_fraction": 0.0, "selection": "test",
+                         "allow_selection_on_test": True,
                          "merge": "logits"},
     }  # fmt: skip
     path.write_text(yaml.safe_dump(experiment))

@@ -176,6 +176,14 @@ def test_defaults_are_filled_in(read):
             {"synthesis": {"quality_filter": True}, "segmentation": {"selection": "test"}},
             "a segmenter that test cases chose may not filter variants",
         ),
+        (
+            {"segmentation": {"selection": "test"}},
+            "segmentation: selection: 'test' is refused as a leak, unless allow_selection_on_test",
+        ),
+        (
+            BOTH | {"segmentation": {"selection": ["inner_validation", "test"]}},
+            "selection: 'test' is refused as a leak",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(read, changes, message):

@@ -64,6 +64,7 @@ def read_experiment(
     _check_inner_fraction(experiment, path)
     _check_quality_filter(experiment, path)
     check_auto_ratio(experiment, path)
+    _check_selection(experiment, path)
     return experiment
 
 
@@ -195,6 +196,18 @@ def _check_quality_filter(experiment: Experiment, path: Path) -> None:
         raise ValueError(
             f"{path}: synthesis: quality_filter: true needs segmentation: selection: "
             "inner_validation; a segmenter that test cases chose may not filter variants"
+        )
+
+
+def _check_selection(experiment: Experiment, path: Path) -> None:
+    """Raises ValueError where every training would be refused as a leak, hours later."""
+    ablated = experiment.ablations.get("segmentation", {}).get("selection", [])
+    selections = [experiment.segmentation.get("selection"), *ablated]
+    if "test" in selections and not experiment.segmentation.get("allow_selection_on_test"):
+        raise ValueError(
+            f"{path}: segmentation: selection: 'test' is refused as a leak, unless "
+            "allow_selection_on_test: true stands beside it (protocol paper does); its scores are "
+            "too good"
         )
 
 
