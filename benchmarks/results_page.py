@@ -49,6 +49,7 @@ UNLABELLED = "real_breast_20_unlabelled"  # its generator saw the other images f
 MORE_TIME = {  # a study, and one whose classical arms train as long as all of its stages took
     UNLABELLED: "real_breast_20_total",
     LONGER[0]: "real_breast_20_total",
+    LONGER[1]: "real_breast_all_total",
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
 STUDIES = tuple(dict.fromkeys((*sum(CURVES.values(), ()), UNLABELLED, *MORE_TIME.values())))
