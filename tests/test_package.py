@@ -1,6 +1,7 @@
 """Releases: what they hold, what is refused, and the release of a run's model."""
 
 import ast
+import configparser
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ import yaml
 from monai.bundle import ConfigParser, download, download_large_files, load
 from small_store import write_store
 
-from diffboost import cli
+from diffboost import __version__, cli
 from diffboost.files import sha256_of_files
 from diffboost.package import json_twin, package, verify
 from diffboost.release.blocks import set_blocks, set_section
@@ -55,6 +56,14 @@ def spoil_metadata(release: Path, **changes) -> None:
 def test_a_twin_says_what_its_config_says(path):
     assert json.loads(json_twin(path)) == yaml.safe_load(path.read_text())
     assert json_twin(path).startswith('{\n    "')
+
+
+def test_bundles_have_the_version_of_the_package():
+    files = (path / "configs" / "metadata.json" for path in BUNDLES)
+    assert {json.loads(file.read_text())["version"] for file in files} == {__version__}
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    assert setup["metadata"]["version"] == "attr: diffboost.__version__"
 
 
 def test_a_config_that_json_cannot_say_has_no_twin(tmp_path):

@@ -16,8 +16,10 @@ from test_bundles import bundle_commands, check_flags
 
 from diffboost import cli, exhibits, plans, targets
 from diffboost.plans import BASE, Experiment, Setting
+from diffboost.prepare import PHANTOM_WRITERS
 from diffboost.results import COLUMNS, load_metrics, read_metrics
 from diffboost.statistics import ablation_points, holm, over_folds, summarize, verdict
+from diffboost.study_data import PHANTOM_LAYOUTS
 
 REPOSITORY = Path(__file__).parents[1]
 STUDY = Experiment(
@@ -281,6 +283,13 @@ def test_a_study_without_its_data_ends_at_once_and_a_dry_run_warns(tmp_path, mon
     with pytest.raises(
         SystemExit, match=f"pretrain: dataset_dir: there is no folder {tmp_path}/tr"
     ):
+        study()
+    assert PHANTOM_LAYOUTS == tuple(PHANTOM_WRITERS)
+    write(task="breast_ultrasound", dataset_dir="phantoms")
+    with pytest.raises(SystemExit, match="made in the layouts decathlon, radimagenet; .* is pairs"):
+        study()
+    write(dataset_dir="phantoms", finetune={"weights": "pretrained/model.pt"})
+    with pytest.raises(SystemExit, match=f"weights: there is no file {tmp_path}/pretrained/model"):
         study()
     assert not ran and not (tmp_path / "runs").exists()
     write()

@@ -1,4 +1,4 @@
-"""Whether the data that a study names is there, before its first stage looks for it."""
+"""Whether the files that a study names are there, before a stage looks for them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from diffboost.plans import Experiment
 
 PHANTOMS = "phantoms"  # made on the fly, as prepare does
+PHANTOM_LAYOUTS = ("decathlon", "radimagenet")
 
 
 def missing_data(
@@ -17,7 +18,8 @@ def missing_data(
 ) -> str | None:
     """What a study's first stage would miss, in words; None where all is there.
 
-    Scans that prepare has read already, or that it is to download, may lack.
+    Scans that prepare has read already, or that it is to download, may lack, and so may weights
+    from which all generators were finetuned.
 
     Args:
         experiment: the study; its folders are relative to the working directory, as for stages.
@@ -31,6 +33,11 @@ def missing_data(
 
     Source: engineering choice
     """
+    weights = experiment.finetune.get("weights")
+    models = (run_dir / f"fold{fold}/generator/model.pt" for fold in experiment.folds)
+    begun = target == "table1" or all(model.is_file() for model in models)
+    if weights and not begun and not Path(weights).is_file():
+        return f"finetune: weights: there is no file {Path(weights).absolute()}"
     tree = (experiment.pretrain or {}).get("dataset_dir")
     if tree and target in ("report", "table1") and not (run_dir / "pretrain/store").is_dir():
         if not _is_there(tree):
@@ -38,6 +45,11 @@ def missing_data(
     downloads = experiment.prepare.get("download") is True and task["download"] is not None
     unneeded = (tree and target == "table1") or (run_dir / "store").is_dir()
     folder = dataset_dir or experiment.dataset_dir
+    if folder == PHANTOMS and task["layout"] not in PHANTOM_LAYOUTS and not unneeded:
+        return (
+            f"dataset_dir: `{PHANTOMS}` are made in the layouts {', '.join(PHANTOM_LAYOUTS)}; the "
+            f"task's is {task['layout']} (phantom_organ is a task for them)"
+        )
     if unneeded or downloads or _is_there(folder):
         return None
     return (
