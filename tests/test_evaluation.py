@@ -7,11 +7,17 @@ import torch
 from ignite.engine import Engine
 from monai.data import MetaTensor
 from monai.transforms import AsDiscrete
+from raw_data import TASK_3D, volume, write_decathlon, write_nifti
 
+from diffboost.data.slices import read_store, slice_items
+from diffboost.data.transforms import LoadSliced
+from diffboost.prepare import prepare
 from diffboost.segmentation.evaluation import (
     CaseDice,
     most_likely,
     slice_axis_of,
+    source_labels,
+    source_preprocessing,
     stack_slices,
 )
 from diffboost.segmentation.metrics import case_metrics
@@ -188,3 +194,27 @@ def test_the_most_likely_class_is_that_of_monais_argmax_with_its_metadata():
     assert torch.equal(found.as_tensor(), expected.as_tensor().long())
     assert found.shape == (1, 5, 4, 2) and not found.dtype.is_floating_point
     assert torch.equal(found.affine, pred.affine)
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAR"])
+def test_a_label_whose_file_runs_along_other_axes_than_the_image_meets_the_prediction(
+    tmp_path, axcodes
+):
+    """A perfect prediction had a Dice of 0 where only the label's file was turned."""
+    raw = write_decathlon(tmp_path / "raw")
+    for number in range(4):
+        file = raw / "labelsTr" / f"case_{number:03d}.nii.gz"
+        write_nifti(file, volume(number)[1], axcodes)
+    store_dir = prepare(raw, tmp_path / "store", TASK_3D, 64, "gradient", group_duplicates=False)
+    transform = source_preprocessing(store_dir)
+    case = read_store(store_dir).index.case.iloc[0]
+    items = [item for item in slice_items(store_dir, 0, "all") if item["case"] == case]
+    labels = torch.stack([LoadSliced("label")(item)["label"] for item in items], dim=-1)
+    file = f"{case}.nii.gz"
+    item = transform({key: str(raw / f"{key}sTr" / file) for key in ("image", "label")})
+    one_hot = torch.cat([labels == number for number in range(3)])
+    found = source_labels(transform)(item | {"pred": 20.0 * one_hot})
+    pred, label = (found[key].as_tensor() for key in ("pred", "label"))
+    assert pred.shape == label.shape == (1, 20, 24, 5)
+    scores = case_metrics(pred[0], label[0], [0.5, 1.0, 3.0], 3)
+    assert min(scores[number]["dice"] for number in (1, 2)) > 0.9

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -145,6 +146,23 @@ class MapLabelsd(MapTransform):
                 mapped[label == value] = number
             item[key] = mapped.amax(dim=0, keepdim=True)
         return item
+
+
+class OrientLikeImaged(MapTransform):
+    """Turns volumes so that their axes run as those of ``image`` do; no value changes.
+
+    A label's file may hold the same voxels in another order of axes than its image's.
+
+    Args:
+        keys: MetaTensors (1, H, W, D) of the same place as ``image``.
+
+    Source: engineering choice
+    """
+
+    def __call__(self, data: Mapping) -> dict:
+        """The data with the volumes turned."""
+        codes = "".join(nib.aff2axcodes(data["image"].affine.numpy()))
+        return Orientationd(self.keys, axcodes=codes, labels=AXIS_LABELS)(data)
 
 
 class SmoothSlicesd(MapTransform):

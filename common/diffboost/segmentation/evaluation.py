@@ -16,15 +16,15 @@ from monai.utils import convert_to_dst_type
 
 from diffboost.checkpoints import announce
 from diffboost.data.slices import read_store, write_label
-from diffboost.data.tasks import AXCODES, read_task
-from diffboost.data.transforms import MapLabelsd, case_preprocessing
+from diffboost.data.tasks import AXCODES, VOLUMES, read_task
+from diffboost.data.transforms import MapLabelsd, OrientLikeImaged, case_preprocessing
 from diffboost.knobs import nearest
 from diffboost.processes import gather_objects, is_main_process, process_rank_and_count
 from diffboost.records import DoneCases, same_command_goes_on
 from diffboost.segmentation.case_results import is_open, origin_of
 from diffboost.segmentation.metrics import case_metrics, check_rules
 
-VOLUMES = ("whole", "foreground")
+MEASURED = ("whole", "foreground")
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,10 @@ def most_likely(pred: torch.Tensor) -> torch.Tensor:
 
 
 def source_preprocessing(store_dir: str) -> Compose:
-    """The store's preprocessing of ``image``, with ``label`` as the source has it.
+    """The store's preprocessing of ``image``, with ``label`` on the grid of the source's image.
 
-    The label's values are mapped to class indices and its voxels left where they are: metrics are
-    taken in the source's geometry, into which Invertd brings the prediction.
+    The label's values are mapped to class indices and its axes turned as the image's: metrics are
+    taken in the image's own geometry, into which Invertd brings the prediction.
 
     Args:
         store_dir: slice store, for its task and image size.
@@ -137,7 +137,8 @@ def source_preprocessing(store_dir: str) -> Compose:
     task, image_size = read_task(header["task"]), header["preprocessing"]["image_size"]
     load = case_preprocessing(task, image_size, with_label=True).transforms[:2]
     prepare = case_preprocessing(task, image_size, with_label=False).transforms[2:]
-    return Compose([*load, MapLabelsd("label", task), *prepare])
+    turn = [OrientLikeImaged("label")] if task["layout"] in VOLUMES else []
+    return Compose([*load, *turn, MapLabelsd("label", task), *prepare])
 
 
 def source_labels(transform: Compose) -> Compose:
@@ -231,8 +232,8 @@ class CaseWriter:
         smooth: float = 0.0,
         distances: str = "directed",
     ) -> None:
-        if volumes not in VOLUMES:
-            raise ValueError(f"volumes: {volumes!r} is unknown; {nearest(volumes, VOLUMES)}")
+        if volumes not in MEASURED:
+            raise ValueError(f"volumes: {volumes!r} is unknown; {nearest(volumes, MEASURED)}")
         check_rules(empty_masks, smooth, distances)
         store = read_store(store_dir)
         self.names = {int(index): name for index, name in store.header["labels"].items()}
