@@ -166,6 +166,32 @@ def test_hours_are_predicted_by_what_was_timed(tmp_path):
         assert (ended[0], ended[3]) == (ratio, "budget")
 
 
+def test_a_search_that_was_killed_while_its_last_variants_were_made_says_why_it_ended(tmp_path):
+    """It said budget, whatever the reason was."""
+
+    class Stage:
+        def __call__(self, **settings):
+            if settings["ratio"] == 50:
+                raise KeyboardInterrupt
+
+        def value(self, name):
+            return {"epochs": 40}[name]
+
+    timed = [{"ratio": 1, "scores": {"0": {"a": 0.5}}, "seconds": {"variants": 1, "probe 0": 90}}]
+    (tmp_path / TRIED).write_text(json.dumps({"rungs": timed}))
+
+    def ended():
+        made = probes.Probes(tmp_path, Stage(), Stage(), [{"case": "a"}], 2, [0], 10, "cpu")
+        found = ratio_search._search(made, RUNGS, Budget(3600, "seconds"), PRICE, 0.5)
+        return made, (found[0], found[3])
+
+    made, found = ended()
+    assert found == (50, "cheap")
+    with pytest.raises(KeyboardInterrupt):
+        made.end_with(*found)
+    assert ended()[1] == found
+
+
 # --- what people read and write -----------------------------------------------------------------
 
 

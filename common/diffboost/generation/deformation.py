@@ -31,8 +31,9 @@ def deform_slice(
     """Edges and label of a variant's slice, displaced by the variant's own field.
 
     Points of a grid are displaced by up to ``deformation_px`` along each axis, uniformly; between
-    them the field is bicubic (MONAI's Rand2DElastic would shift all by half a pixel). The label's
-    outline is drawn anew into the displaced edges, for interpolation dims it.
+    them the field is bicubic, which overshoots by up to a third (MONAI's Rand2DElastic would shift
+    all by half a pixel). The label's outline is drawn anew into the displaced edges, for
+    interpolation dims it.
 
     Args:
         item: ``edge`` and ``label`` (paths), ``seed``, ``case``, ``slice``, ``variant``.

@@ -59,8 +59,9 @@ class Probes:
         self.device = device
         self.unit = "case" if len({item["case"] for item in inner}) >= MIN_CASES else "slice"
         path = self.folder / TRIED
-        noted = read_json(path, "search_dir") if path.is_file() else {"rungs": [], "last": None}
-        self.rungs, self.last = noted["rungs"], noted["last"]
+        noted = read_json(path, "search_dir") if path.is_file() else {"rungs": []}
+        self.rungs = noted["rungs"]
+        self.last, self.why = noted.get("last"), noted.get("why")
 
     def done(self) -> list[dict]:
         """The rungs whose probes are all scored."""
@@ -78,9 +79,9 @@ class Probes:
                 self._note()
         return rung
 
-    def end_with(self, ratio: int) -> None:
+    def end_with(self, ratio: int, why: str) -> None:
         """Grows the store to its last ratio, without probes; noted first: a clock may differ."""
-        self.last = ratio
+        self.last, self.why = ratio, why
         self._note()
         self._grow(ratio)
 
@@ -94,7 +95,7 @@ class Probes:
             self._note()
 
     def _note(self) -> None:
-        write_json(self.folder / TRIED, {"rungs": self.rungs, "last": self.last})
+        write_json(self.folder / TRIED, {"rungs": self.rungs, "last": self.last, "why": self.why})
 
     def _probe(self, ratio: int, seed: int) -> dict[str, float]:
         """Dice in [0, 1] of each unit, of a segmenter that was trained for a short while."""

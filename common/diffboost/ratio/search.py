@@ -95,7 +95,7 @@ def choose_ratio(
     )  # fmt: skip
     price = _price(synthesis, segmenter, epochs, slices)
     ratio, tried, found, why = _search(probes, rungs, allowance, price, min_gain)
-    probes.end_with(ratio)
+    probes.end_with(ratio, why)
     content = decision(ratio, tried, found, why, settings, price, allowance)
     _finish(Path(output_dir), Path(search_dir), content, probes)
 
@@ -176,7 +176,7 @@ def _search(
         if last == 0:  # nothing has been timed yet
             return rungs[0], None
         if probes.last is not None:  # of a search that was stopped behind its last rung
-            return probes.last, "budget"
+            return probes.last, probes.why
         measured = probes.price_in_seconds()
         return next_step(rungs, last, probes.spent_seconds(), measured, limit, num_seeds)
 
