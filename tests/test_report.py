@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 from small_store import write_store, write_variants
 
-from diffboost import cli
+from diffboost import cli, pictures
+from diffboost.data.slices import read_store
 from diffboost.ratio.budget import Budget, Price
 from diffboost.ratio.record import decision
 from diffboost.ratio.rule import judge
@@ -215,6 +216,20 @@ def test_the_command_writes_the_report(monkeypatch, run_dir):
     monkeypatch.setattr(sys, "argv", ["diffboost", "report", str(run_dir)])
     cli.main()
     assert (run_dir / "report" / "index.html").is_file()
+
+
+def test_pictures_of_a_store_whose_variants_were_all_rejected_show_them(tmp_path, monkeypatch):
+    """The report ended with a ValueError."""
+    store = read_store(write_store(tmp_path / "store"))
+    synthetic = write_variants(tmp_path / "store", tmp_path / "synthetic")
+    manifest = pd.read_parquet(synthetic / "manifest.parquet")
+    manifest.assign(kept=False).to_parquet(synthetic / "manifest.parquet")
+    drawn = []
+    monkeypatch.setattr(pictures, "embed", lambda figure, kind: drawn.append(figure))
+    pictures.variants_picture(synthetic, store)
+    titles = [axes.get_title() for axes in drawn[0].axes[:4]]
+    assert titles == ["real, label", "edge", "rejected 0", "rejected 1"]
+    assert len(pictures.merge_picture(synthetic, store, (0.0, 0.6), 4).axes) == 6
 
 
 def test_figures_for_people():

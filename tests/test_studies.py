@@ -131,6 +131,10 @@ def test_a_target_that_the_experiment_lacks_is_refused():
     assert targets.ordered_targets(plain) == ["table1", "table2"]
     alone = replace(STUDY, arms=["baseline"], network="unet")  # figure 6 ended with an IndexError
     assert targets.ordered_targets(alone) == ["table2"]
+    classical = replace(
+        alone, arms=["baseline", "nnunet"], ablations={"segmentation": {"epochs": [2, 4]}}
+    )
+    assert targets.ordered_targets(classical) == ["table2"]
 
 
 def dry_run(experiment: Path, folder: Path, target: str = "report") -> tuple[Counter, str]:

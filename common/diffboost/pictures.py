@@ -41,8 +41,7 @@ def variants_picture(
 
     Source: engineering choice
     """
-    manifest, sources = read_manifest(synthetic_dir, MANIFEST_COLUMNS), _sources(store)
-    manifest = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
+    manifest, sources = _shown(synthetic_dir), _sources(store)
     num_variants = min(num_variants, int(manifest.groupby(["case", "slice"]).size().max()))
     load = LoadSliced(["image", "edge", "label"])
     rows = []
@@ -65,7 +64,8 @@ def variants_picture(
                 _show(place, variants[number])
             else:
                 place.axis("off")
-    titles = ["real, label", "edge"] + [f"variant {n}" for n in range(num_variants)]
+    word = "variant" if manifest["kept"].all() else "rejected"
+    titles = ["real, label", "edge"] + [f"{word} {n}" for n in range(num_variants)]
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title, fontsize=9)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
@@ -86,9 +86,8 @@ def merge_picture(
 
     Source: paper Figure 4
     """
-    manifest, sources = read_manifest(synthetic_dir, MANIFEST_COLUMNS), _sources(store)
-    first = manifest[manifest["kept"]].sort_values(["case", "slice", "variant"])
-    first = first.drop_duplicates(["case", "slice"])
+    sources = _sources(store)
+    first = _shown(synthetic_dir).drop_duplicates(["case", "slice"])
     load = LoadSliced(["image", "edge", "label"])
     rows = (row for _, row in first.iterrows())
     largest = max(rows, key=lambda row: _area(_source(sources, row)["label"]))
@@ -106,6 +105,13 @@ def merge_picture(
         grid[0, column].set_title(f"alpha {alpha:g}", fontsize=9)
     figure.subplots_adjust(wspace=0.04, hspace=0.04)
     return figure
+
+
+def _shown(synthetic_dir: Path) -> pd.DataFrame:
+    """The variants that the quality filter kept; all, where it kept none."""
+    manifest = read_manifest(synthetic_dir, MANIFEST_COLUMNS)
+    kept = manifest[manifest["kept"]] if manifest["kept"].any() else manifest
+    return kept.sort_values(["case", "slice", "variant"])
 
 
 def predictions_picture(run_dir: Path, store: SliceStore, metrics: pd.DataFrame, arm: str) -> str:

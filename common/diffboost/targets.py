@@ -26,7 +26,7 @@ def ordered_targets(experiment: Experiment) -> list[str]:
         "table1": experiment.pretrain is not None,
         "table2": True,
         "figure4": any(uses_variants(arm) for arm in experiment.arms),
-        "figure6": bool(knobs - {"network"}) and len(experiment.arms) > 1,
+        "figure6": bool(knobs - {"network"}) and "diffboost" in experiment.arms,
         "figure7": "network" in knobs,
     }
     return [target for target, is_ordered in ordered.items() if is_ordered]
