@@ -153,6 +153,18 @@ def test_a_run_knows_its_slice_store_by_its_contents(path):
             assert hashed["store_dir"] == settings["store_dir"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_synthesis_knows_the_filters_segmenter_by_its_contents(tmp_path, there):
+    """Variants judged by another segmenter of the same folder were gone on with."""
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    parser = BundleParser()
+    parser.read_config(REPOSITORY / "bundles/diffboost_synthesis/configs/inference.yaml")
+    parser["store_dir"] = parser["segmenter_dir"] = str(tmp_path)
+    parser["quality_filter"] = there
+    found = parser.get_parsed_content("settings::inputs_sha256")
+    assert list(found) == ["store_dir", "segmenter_dir"][: 1 + there]
+
+
 def test_segmentation_inference_needs_monai_alone():
     assert not [value for _, value in strings(SEGMENTATION_INFERENCE) if "diffboost." in value]
 

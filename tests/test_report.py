@@ -178,6 +178,16 @@ def test_all_metrics_stand_in_one_file(run_dir):
     assert figures["diffboost"]["dice"]["mean"] == pytest.approx(0.705)
 
 
+def test_a_case_or_label_may_be_called_na(tmp_path):
+    """It was read as a missing value, and its rows were lost."""
+    rows = pd.DataFrame({"arm": "baseline", "fold": 0, "seed": 0, "case": ["NA", "null"],
+                         "label": "None", "metric": "dice", "value": [0.25, np.nan],
+                         "knob": "", "knob_value": ""})  # fmt: skip
+    rows.to_csv(tmp_path / "metrics.csv", index=False)
+    pd.testing.assert_frame_equal(load_metrics(tmp_path / "metrics.csv"), rows, check_dtype=False)
+    assert list(case_values(rows[:1])) == ["NA"]
+
+
 def test_the_page_stands_alone_and_says_what_was_found(run_dir):
     page = (run_dir / "report" / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:|#)', page)

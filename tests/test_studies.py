@@ -205,6 +205,16 @@ def test_arms_own_epochs_reach_both_halves_of_synthetic_then_real(tmp_path):
     assert words_of(first, "epochs") + words_of(both, "epochs") == ["5", "6", "6"]
 
 
+def test_segmenters_have_the_classes_that_prepare_makes(tmp_path):
+    """They had the task's, and every training was refused."""
+    experiment = {"name": "zones", "task": "prostate_mri", "dataset_dir": "phantoms"}
+    experiment |= {"prepare": {"labels": {"peripheral": [1], "transition": [2]}}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(experiment | {"arms": ["baseline"]}))
+    commands = bundle_commands(dry_run(path, tmp_path / "run")[1])
+    assert words_of(commands, "num_classes") == ["3", "3"]  # training, evaluation
+
+
 def test_unlabelled_images_teach_each_folds_generator_first(tmp_path):
     name = "real_breast_20_unlabelled"
     jobs, output = dry_run(REPOSITORY / f"workflow/experiments/{name}.yaml", tmp_path)

@@ -16,9 +16,8 @@ from typing import TextIO
 import fire
 
 from diffboost.audit.commands import AUDITS
-from diffboost.data.tasks import read_task
 from diffboost.dicom.commands import DICOM
-from diffboost.experiments import read_experiment, task_path
+from diffboost.experiments import read_experiment, study_task
 from diffboost.knobs import read_flags, refuse_unknown
 from diffboost.stages import WORKFLOW, failures, warm_programs, why_cold
 from diffboost.study_data import missing_data
@@ -58,7 +57,7 @@ def study(
     path = Path(experiment).absolute()
     try:
         ordered = read_experiment(path)
-        task = read_task(task_path(ordered, path))
+        task = study_task(ordered, path)
         check_target(ordered, target)
         _check_backbone(ordered.backbone)
     except (OSError, ValueError) as error:

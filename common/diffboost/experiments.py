@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from diffboost.data.documents import read_config, read_yaml
+from diffboost.data.tasks import change_task, read_task
 from diffboost.knob_values import check_image_size, check_value
 from diffboost.knobs import nearest, refuse_unknown
 from diffboost.plans import (
@@ -20,6 +21,9 @@ from diffboost.ratio.study import check_auto_ratio
 from diffboost.sections import ABLATED, check_networks, check_sections
 from diffboost.segmentation.arms import ARMS
 from diffboost.stages import WORKFLOW, stage_configs
+
+# Knobs of prepare that go before the task's own keys.
+TASK_KNOBS = ("channel", "labels", "include", "intensity_per", "prompt_order")
 
 SECTIONS = ("prepare", "finetune", "synthesis", "auto_ratio", "segmentation", "evaluate")
 PRETRAIN_SECTIONS = ("prepare", "train", "pix2pix", "evaluate")
@@ -73,6 +77,19 @@ def task_path(experiment: Experiment, experiment_path: str | Path) -> str:
     if Path(experiment.task).suffix not in (".yaml", ".yml"):
         return experiment.task
     return str((Path(experiment_path).absolute().parent / experiment.task).resolve())
+
+
+def study_task(experiment: Experiment, experiment_path: str | Path) -> dict:
+    """The task as the study's store has it: with what `prepare` changes in it.
+
+    Raises:
+        FileNotFoundError: there is no such task.
+        ValueError: a key or value that is not allowed.
+
+    Source: engineering choice
+    """
+    task = read_task(task_path(experiment, experiment_path))
+    return change_task(task, **{key: experiment.prepare.get(key) for key in TASK_KNOBS})
 
 
 def _read_keys(path: Path) -> dict:

@@ -33,6 +33,7 @@ STAGES = (
     "evaluate",
 )
 MEASURED = ["case", "label", "metric", "value"]
+MISSING = {"keep_default_na": False, "na_values": {"value": [""]}}  # a case may be called NA
 COLUMNS = ["arm", "fold", "seed", "case", "label", "metric", "value", "knob", "knob_value"]
 
 
@@ -93,7 +94,7 @@ def read_metrics(run_dir: Path) -> pd.DataFrame:
     text = {"case": str, "label": str}
     frames = [
         read_csv(
-            run_dir / segmenter.folder / "metrics.csv", "metrics", MEASURED, dtype=text
+            run_dir / segmenter.folder / "metrics.csv", "metrics", MEASURED, dtype=text, **MISSING
         ).assign(
             arm=segmenter.arm,
             fold=segmenter.fold,
@@ -115,8 +116,7 @@ def load_metrics(path: str | Path) -> pd.DataFrame:
     Source: engineering choice
     """
     text = {"case": str, "label": str, "knob": str, "knob_value": str}
-    metrics = read_csv(path, "metrics", COLUMNS, dtype=text)
-    return metrics.fillna({"knob": "", "knob_value": ""})
+    return read_csv(path, "metrics", COLUMNS, dtype=text, **MISSING)
 
 
 def read_costs(run_dir: Path) -> pd.DataFrame:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from diffboost.cost import data, devices, report
 from diffboost.cost.plan import Stage, StudyCost
-from diffboost.data.tasks import change_task, read_task
 from diffboost.data.tree import scan_tree
-from diffboost.experiments import read_experiment, task_path
+from diffboost.experiments import read_experiment, study_task
 from diffboost.plans import Experiment
 from diffboost.prepare import PHANTOMS
 from diffboost.stages import WORKFLOW, stage_configs
@@ -43,8 +42,7 @@ def plan_study(
     """
     configs = stage_configs()
     study = read_experiment(experiment, configs)
-    knobs = {key: study.prepare.get(key) for key in ("channel", "labels", "include")}
-    task = change_task(read_task(task_path(study, experiment)), **knobs)
+    task = study_task(study, experiment)
     store_dir = Path(runs_dir or WORKFLOW.parent / "runs") / study.name / "store"
     index, said = data.study_slices(
         study, task, dataset_dir or study.dataset_dir, store_dir, num_slices
