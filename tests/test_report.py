@@ -19,9 +19,22 @@ from diffboost.data.slices import read_store
 from diffboost.ratio.budget import Budget, Price
 from diffboost.ratio.record import decision
 from diffboost.ratio.rule import judge
-from diffboost.report import number, probability, seconds, signed, write_report
+from diffboost.report import (
+    _charts_of_ablations,
+    number,
+    probability,
+    seconds,
+    signed,
+    write_report,
+)
 from diffboost.results import load_metrics
-from diffboost.statistics import case_values, describe, paired_difference, summarize
+from diffboost.statistics import (
+    ablation_points,
+    case_values,
+    describe,
+    paired_difference,
+    summarize,
+)
 
 ARMS = ["baseline", "diffboost"]
 GAIN = {"baseline": 0.0, "diffboost": 0.1}
@@ -226,6 +239,21 @@ def test_the_command_writes_the_report(monkeypatch, run_dir):
     monkeypatch.setattr(sys, "argv", ["diffboost", "report", str(run_dir)])
     cli.main()
     assert (run_dir / "report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("arms", [["baseline"], ["baseline", "nnunet"]])
+def test_a_list_that_reaches_baseline_alone_has_no_figure_6(arms):
+    """The report ended with an IndexError where another arm stood beside it."""
+    trained = [(arm, "", "") for arm in arms] + [("baseline", "epochs", value) for value in "24"]
+    metrics = pd.concat(
+        metric_rows("baseline", 0).assign(arm=arm, fold=0, seed=0, knob=knob, knob_value=value)
+        for arm, knob, value in trained
+    )
+    points = ablation_points(metrics, "epochs")
+    assert [(point["value"], point["arm"]) for point in points] == [
+        ("2", "baseline"), ("4", "baseline"),
+    ]  # fmt: skip
+    assert _charts_of_ablations(metrics, {"ablations": {"epochs": points}})["figure6"] is None
 
 
 def test_pictures_of_a_store_whose_variants_were_all_rejected_show_them(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from small_store import AFFINE, IMAGES, VOLUMES, write_case, write_store, write_
 
 from diffboost.data.tasks import read_task
 from diffboost.data.transforms import case_preprocessing
+from diffboost.release.trained import _intensity
 
 BUNDLE = Path(__file__).parents[1] / "bundles" / "diffboost_segmentation"
 TRAIN, EVALUATE, INFERENCE = (
@@ -201,6 +202,20 @@ def test_inference_sees_the_voxels_that_training_saw(tmp_path, task, settings):
     trained = case_preprocessing(read_task(task), 32, False)({"image": str(path)})["image"]
     assert seen.shape == (1, 32, 32, seen.shape[-1])
     assert torch.allclose(seen.as_tensor(), trained.as_tensor(), atol=1e-6)
+
+
+def test_a_released_model_of_pictures_takes_their_percentiles_whole(tmp_path):
+    """In protocol paper it was told to take those of slices, which a picture has none of."""
+    task = read_task(IMAGES | {"intensity_per": "slice"})
+    knobs = _intensity(task)
+    assert knobs["intensity"] == "percentile"
+    path = tmp_path / write_case(tmp_path, "pairs", "case", seed=0)[0]
+    parser = read_inference(dataset_dir=str(tmp_path), image_size=32, **knobs)
+    seen = parser.get_parsed_content("preprocessing")({"image": str(path)})["image"]
+    trained = case_preprocessing(task, 32, False)({"image": str(path)})["image"]
+    assert torch.allclose(seen.as_tensor(), trained.as_tensor(), atol=1e-6)
+    volumes = read_task(VOLUMES | {"intensity_per": "slice"})
+    assert _intensity(volumes)["intensity"] == "slice_percentile"
 
 
 def test_percentiles_of_slices_fill_the_range_of_each(tmp_path):

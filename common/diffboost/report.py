@@ -215,8 +215,11 @@ def _chart_of_differences(summary: dict, colors: dict[str, str]) -> str | None:
 
 def _charts_of_ablations(metrics: pd.DataFrame, summary: dict) -> dict[str, str | None]:
     """Figures 6 and 7, where the study has what they show."""
-    arms = summary["paired_difference_to_baseline"]  # which figure 6 is about
-    knobs = [knob for knob in summary["ablations"] if knob != "network" and arms]
+    knobs = [
+        knob
+        for knob, points in summary["ablations"].items()
+        if knob != "network" and any(point["difference"] for point in points)  # figure 6's
+    ]
     networks = "network" in summary["ablations"]
     return {
         "figure6": figures.embed(exhibits.ablation_figure(metrics, knobs)) if knobs else None,

@@ -7,7 +7,7 @@ import pandas as pd
 
 from diffboost.data.documents import read_config, read_json
 from diffboost.data.slices import SliceStore, read_store
-from diffboost.data.tasks import AXCODES, read_task, task_names
+from diffboost.data.tasks import AXCODES, VOLUMES, read_task, task_names
 from diffboost.generation.backbones import load_config, resolve_backbone
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.release.blocks import set_blocks, set_section
@@ -100,7 +100,8 @@ def _intensity(task: dict) -> dict:
     """The knobs of inference that scale as the task does."""
     policy = task["intensity"]
     if policy["policy"] == "percentile":
-        kind = "percentile" if task["intensity_per"] == "volume" else "slice_percentile"
+        one = task["layout"] not in VOLUMES or task["intensity_per"] == "volume"  # for all slices
+        kind = "percentile" if one else "slice_percentile"
         low, high = policy["lower"], policy["upper"]
     else:
         names = ("low_hu", "high_hu") if policy["policy"] == "window" else ("low", "high")
