@@ -22,6 +22,7 @@ from diffboost.release.checks import write_manifest
 from diffboost.release.contents import strings
 from diffboost.release.model import write_base_model
 from diffboost.release.targets import check_names
+from diffboost.release.trained import _num_parameters, _overlay
 
 REPOSITORY = Path(__file__).parents[1]
 BUNDLES = sorted((REPOSITORY / "bundles").iterdir())
@@ -189,6 +190,17 @@ def test_a_twin_that_differs_is_refused(release):
     seal(release)
     with pytest.raises(ValueError, match=r"train.json is not the JSON twin of train.yaml"):
         verify(release)
+
+
+@pytest.mark.parametrize("overlay", ["network_unet.yaml", "network_residual_unet.yaml"])
+def test_the_overlay_of_a_runs_u_net_is_known_by_its_number_of_weights(overlay):
+    """Both say UNet: neither could be released."""
+    knobs = {"channels": [8, 16, 32], "num_classes": 3}
+    configs = SEGMENTATION / "configs"
+    number = _num_parameters([configs / "inference.yaml", configs / overlay], knobs)
+    assert _overlay(SEGMENTATION, "UNet", number, knobs) == overlay
+    with pytest.raises(ValueError, match=f"UNet with {number + 1} parameters; .* one: none"):
+        _overlay(SEGMENTATION, "UNet", number + 1, knobs)
 
 
 def test_weights_of_another_network_and_shadow_weights_are_refused(release):

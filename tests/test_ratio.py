@@ -190,6 +190,10 @@ def test_a_search_that_was_killed_while_its_last_variants_were_made_says_why_it_
     with pytest.raises(KeyboardInterrupt):
         made.end_with(*found)
     assert ended()[1] == found
+    noted = json.loads((tmp_path / TRIED).read_text())
+    del noted["why"]  # by an older version
+    (tmp_path / TRIED).write_text(json.dumps(noted))
+    assert ended()[1] == (50, "budget")
 
 
 # --- what people read and write -----------------------------------------------------------------

@@ -232,6 +232,9 @@ def test_a_report_says_what_is_missing(tmp_path, run_dir):
     shutil.copy(run_dir / "experiment.yaml", tmp_path)
     with pytest.raises(FileNotFoundError, match="has no fold.*metrics.csv yet"):
         write_report(tmp_path)
+    shutil.copytree(run_dir / "fold0" / "diffboost", tmp_path / "fold0" / "diffboost")
+    with pytest.raises(ValueError, match="no segmenter of arm baseline, .* has been evaluated yet"):
+        write_report(tmp_path)
 
 
 def test_the_command_writes_the_report(monkeypatch, run_dir):

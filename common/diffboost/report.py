@@ -62,9 +62,17 @@ def summarize(run_dir: Path, experiment: Experiment, metrics: pd.DataFrame) -> d
     Returns:
         The content of summary.json; NaN where a figure does not exist.
 
+    Raises:
+        ValueError: arm baseline was not evaluated yet.
+
     Source: engineering choice
     """
     base = metrics[metrics["knob"] == ""]
+    if "baseline" not in set(base["arm"]):
+        raise ValueError(
+            f"run_dir: {run_dir}: no segmenter of arm baseline, with which all are compared, has "
+            "been evaluated yet"
+        )
     arms, differences = statistics.summarize(base, experiment.arms)
     costs = results.read_costs(run_dir)
     empty = base[base["metric"].str.startswith("empty_")]

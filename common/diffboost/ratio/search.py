@@ -82,7 +82,9 @@ def choose_ratio(
         "segmenter": segmenter.settings | segmenter.knobs,
         "configs": [Path(f).name for f in (*synthesis.config_files, *segmenter.config_files)],
         "inputs_sha256": hash_inputs(
-            store_dir=store_dir, generator_dir=synthesis.settings["generator_dir"]
+            store_dir=store_dir,
+            generator_dir=synthesis.settings["generator_dir"],
+            segmenter_dir=(synthesis.settings | synthesis.knobs).get("segmenter_dir"),
         ),
     }
     if _in_place(Path(output_dir), Path(search_dir), settings):
@@ -176,7 +178,7 @@ def _search(
         if last == 0:  # nothing has been timed yet
             return rungs[0], None
         if probes.last is not None:  # of a search that was stopped behind its last rung
-            return probes.last, probes.why
+            return probes.last, probes.why or "budget"  # an older version noted none
         measured = probes.price_in_seconds()
         return next_step(rungs, last, probes.spent_seconds(), measured, limit, num_seeds)
 

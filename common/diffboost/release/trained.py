@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import torch
+from monai.bundle import ConfigParser
 
 from diffboost.data.documents import read_config, read_json
 from diffboost.data.slices import SliceStore, read_store
@@ -81,7 +83,7 @@ def _knobs(release: Path, run: Path, record: dict, store: SliceStore) -> tuple[d
         knobs |= {"num_classes": len(header["labels"]), "channels": record["channels"]}
         knobs |= {"channel": task["channel"], "slice_axcodes": AXCODES[task["slice_axis"]]}
         knobs |= _intensity(task)
-        return knobs, _overlay(release, record["network"], record["num_parameters"])
+        return knobs, _overlay(release, record["network"], record["num_parameters"], knobs)
     knobs["image_size"] = record["image_size"]
     lineage = read_lineage_document(run / "lineage.json")
     backbone = record["backbone"]
@@ -120,14 +122,17 @@ def _task(store: SliceStore) -> str:
     )
 
 
-def _overlay(release: Path, network: str, num_parameters: int) -> str | None:
+def _overlay(release: Path, network: str, num_parameters: int, knobs: dict) -> str | None:
     """The overlay that made a run's network; None for that of the base config."""
-    base = read_config(release / "configs" / "inference.yaml", "config")
-    if base["network_def"]["_target_"] == network:
+    base = release / "configs" / "inference.yaml"
+    if read_config(base, "config")["network_def"]["_target_"] == network:
         return None
     overlays = sorted((release / "configs").glob("network_*.yaml"))
     fitting = [path.name for path in overlays
                if read_config(path, "config")["network_def"]["_target_"] == network]  # fmt: skip
+    if len(fitting) > 1:  # with residual units or without: the number of weights tells
+        sizes = {name: _num_parameters([base, base.with_name(name)], knobs) for name in fitting}
+        fitting = [name for name in fitting if sizes[name] == num_parameters]
     if len(fitting) != 1:
         raise ValueError(
             f"run: its network is {network} with {num_parameters} parameters; overlays that make "
@@ -135,6 +140,15 @@ def _overlay(release: Path, network: str, num_parameters: int) -> str | None:
             "inference.yaml of a bundle of your own"
         )
     return fitting[0]
+
+
+def _num_parameters(files: list[Path], knobs: dict) -> int:
+    """Weights of the network that a config makes with its overlays and knobs."""
+    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
+    parser.update({key: knobs[key] for key in ("num_classes", "channels")})
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def")
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _change_configs(release: Path, knobs: dict, overlay: str | None) -> dict[str, list[str]]:
