@@ -170,7 +170,8 @@ class SmoothSlicesd(MapTransform):
 
     That one convolves the whole volume with three kernels, of which the third, across slices that
     keep their number, is 1. Here each slice is convolved with two: a tenth of the time, the same
-    values to 1e-6.
+    values to 1e-6. Like that one it takes what is outside the image for 0, which is mid-gray: the
+    frame of a black slice of 512 px has -0.87 at 64 px, in training as in MONAI's inference.
 
     Args:
         keys: images (1, H, W, D) or (1, H, W), MetaTensor or tensor.
