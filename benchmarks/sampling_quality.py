@@ -31,7 +31,7 @@ from diffboost.audit.image_quality import image_quality
 from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store
 from diffboost.data.transforms import LoadSliced
-from diffboost.results import read_experiment_as_run
+from diffboost.results import read_case_metrics, read_experiment_as_run
 from diffboost.stages import bundle_run, stage_configs, warm_programs
 from diffboost.statistics import case_values, paired_difference
 
@@ -132,12 +132,11 @@ class Comparison:
 
     def metrics(self, preset: str, seeds: Iterable[int], arm: str = ARM) -> pd.DataFrame:
         """A preset's metrics over folds and seeds, with its name as the arm."""
-        text = {"case": str, "label": str}
         places = product(self.study.folds, seeds)
         frames = [
-            pd.read_csv(
-                self.results_dir(preset, fold, seed, arm) / "metrics.csv", dtype=text
-            ).assign(arm=preset, fold=fold, seed=seed)
+            read_case_metrics(self.results_dir(preset, fold, seed, arm) / "metrics.csv").assign(
+                arm=preset, fold=fold, seed=seed
+            )
             for fold, seed in places
         ]
         return pd.concat(frames, ignore_index=True)

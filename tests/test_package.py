@@ -196,8 +196,7 @@ def test_a_twin_that_differs_is_refused(release):
 def test_the_overlay_of_a_runs_u_net_is_known_by_its_number_of_weights(overlay):
     """Both say UNet: neither could be released."""
     knobs = {"channels": [8, 16, 32], "num_classes": 3}
-    configs = SEGMENTATION / "configs"
-    number = _num_parameters([configs / "inference.yaml", configs / overlay], knobs)
+    number = _num_parameters(SEGMENTATION, overlay, knobs)
     assert _overlay(SEGMENTATION, "UNet", number, knobs) == overlay
     with pytest.raises(ValueError, match=f"UNet with {number + 1} parameters; .* one: none"):
         _overlay(SEGMENTATION, "UNet", number + 1, knobs)

@@ -33,7 +33,8 @@ STAGES = (
     "evaluate",
 )
 MEASURED = ["case", "label", "metric", "value"]
-MISSING = {"keep_default_na": False, "na_values": {"value": [""]}}  # a case may be called NA
+# A case may be called NA; a value may be missing, as pandas or a person writes it.
+MISSING = {"keep_default_na": False, "na_values": {"value": ["", "nan", "NaN"]}}
 COLUMNS = ["arm", "fold", "seed", "case", "label", "metric", "value", "knob", "knob_value"]
 
 
@@ -91,11 +92,8 @@ def read_metrics(run_dir: Path) -> pd.DataFrame:
     for knob in ablated_knobs(experiment):
         for segmenter, value in ablation_segmenters(experiment, knob):
             ordered.append((segmenter, knob, str(value)))
-    text = {"case": str, "label": str}
     frames = [
-        read_csv(
-            run_dir / segmenter.folder / "metrics.csv", "metrics", MEASURED, dtype=text, **MISSING
-        ).assign(
+        read_case_metrics(run_dir / segmenter.folder / "metrics.csv").assign(
             arm=segmenter.arm,
             fold=segmenter.fold,
             seed=segmenter.seed,
@@ -108,6 +106,18 @@ def read_metrics(run_dir: Path) -> pd.DataFrame:
     if not frames:
         raise FileNotFoundError(f"run_dir: {run_dir} has no fold*/ARM/seed*/metrics.csv yet")
     return pd.concat(frames, ignore_index=True)[COLUMNS]
+
+
+def read_case_metrics(path: str | Path) -> pd.DataFrame:
+    """A segmenter's metrics.csv, as evaluation wrote it; a row a case, label and metric.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such table.
+
+    Source: engineering choice
+    """
+    return read_csv(path, "metrics", MEASURED, dtype={"case": str, "label": str}, **MISSING)
 
 
 def load_metrics(path: str | Path) -> pd.DataFrame:

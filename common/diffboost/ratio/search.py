@@ -81,11 +81,8 @@ def choose_ratio(
         "synthesis": synthesis.settings | synthesis.knobs,
         "segmenter": segmenter.settings | segmenter.knobs,
         "configs": [Path(f).name for f in (*synthesis.config_files, *segmenter.config_files)],
-        "inputs_sha256": hash_inputs(
-            store_dir=store_dir,
-            generator_dir=synthesis.settings["generator_dir"],
-            segmenter_dir=(synthesis.settings | synthesis.knobs).get("segmenter_dir"),
-        ),
+        "inputs_sha256": synthesis.value("settings::inputs_sha256")
+        | hash_inputs(generator_dir=synthesis.settings["generator_dir"]),
     }
     if _in_place(Path(output_dir), Path(search_dir), settings):
         return

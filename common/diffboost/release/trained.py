@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 
 import pandas as pd
-import torch
-from monai.bundle import ConfigParser
 
 from diffboost.data.documents import read_config, read_json
 from diffboost.data.slices import SliceStore, read_store
@@ -14,6 +12,8 @@ from diffboost.generation.backbones import load_config, resolve_backbone
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.release.blocks import set_blocks, set_section
 from diffboost.release.contents import copy_model
+from diffboost.release.model import network_def
+from diffboost.results import read_case_metrics
 
 CHANGED_CONFIGS = ("inference.yaml", "train.yaml")
 SCHEDULERS = {"flow": "flow", "consistency": "lcm"}  # of what a generator predicts
@@ -131,7 +131,7 @@ def _overlay(release: Path, network: str, num_parameters: int, knobs: dict) -> s
     fitting = [path.name for path in overlays
                if read_config(path, "config")["network_def"]["_target_"] == network]  # fmt: skip
     if len(fitting) > 1:  # with residual units or without: the number of weights tells
-        sizes = {name: _num_parameters([base, base.with_name(name)], knobs) for name in fitting}
+        sizes = {name: _num_parameters(release, name, knobs) for name in fitting}
         fitting = [name for name in fitting if sizes[name] == num_parameters]
     if len(fitting) != 1:
         raise ValueError(
@@ -142,13 +142,10 @@ def _overlay(release: Path, network: str, num_parameters: int, knobs: dict) -> s
     return fitting[0]
 
 
-def _num_parameters(files: list[Path], knobs: dict) -> int:
-    """Weights of the network that a config makes with its overlays and knobs."""
-    parser = ConfigParser(ConfigParser.load_config_files([str(file) for file in files]))
-    parser.update({key: knobs[key] for key in ("num_classes", "channels")})
-    with torch.device("meta"):
-        network = parser.get_parsed_content("network_def")
-    return sum(parameter.numel() for parameter in network.parameters())
+def _num_parameters(release: Path, overlay: str, knobs: dict) -> int:
+    """Weights of the network that inference makes with an overlay and knobs."""
+    layer = read_config(release / "configs" / overlay, "config")
+    return sum(weight.numel() for weight in network_def(release, **layer, **knobs).parameters())
 
 
 def _change_configs(release: Path, knobs: dict, overlay: str | None) -> dict[str, list[str]]:
@@ -168,7 +165,7 @@ def _figures(run: Path) -> dict[str, float]:
     """Measured figures of a run: means over its test cases, else the last row of its training."""
     table = run / "metrics.csv"
     if table.is_file():
-        scores = pd.read_csv(table)
+        scores = read_case_metrics(table)
         means = scores.groupby(["label", "metric"]).value.mean()
         figures = {f"{label}_{metric}": round(float(value), 4)
                    for (label, metric), value in means.items() if pd.notna(value)}  # fmt: skip
