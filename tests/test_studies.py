@@ -15,11 +15,11 @@ import yaml
 from test_bundles import bundle_commands, check_flags
 
 from diffboost import cli, exhibits, plans, targets
+from diffboost.data.tasks import PHANTOM_LAYOUTS
 from diffboost.plans import BASE, Experiment, Setting
 from diffboost.prepare import PHANTOM_WRITERS
 from diffboost.results import COLUMNS, load_metrics, read_metrics
 from diffboost.statistics import ablation_points, holm, over_folds, summarize, verdict
-from diffboost.study_data import PHANTOM_LAYOUTS
 
 REPOSITORY = Path(__file__).parents[1]
 STUDY = Experiment(

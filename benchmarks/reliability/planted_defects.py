@@ -33,7 +33,8 @@ import pandas as pd
 
 from diffboost.audit.quality_calibration import calibration_scores, judges_of, load_instruments
 from diffboost.data.slices import read_store, slice_items
-from diffboost.prepare import PHANTOMS, prepare
+from diffboost.data.tasks import PHANTOMS
+from diffboost.prepare import prepare
 
 logger = logging.getLogger("planted_defects")
 

@@ -16,7 +16,7 @@ from diffboost.data.phantoms import write_decathlon_task, write_radimagenet_tree
 from diffboost.data.pseudonyms import hide_names, home_of, pseudonym, read_key
 from diffboost.data.sources import Case, read_source
 from diffboost.data.splits import assign_folds
-from diffboost.data.tasks import change_task, read_task
+from diffboost.data.tasks import PHANTOM_LAYOUTS, PHANTOMS, change_task, read_task
 from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.store_folders import in_place, move_store, partial_store
 from diffboost.store_writer import StoreWriter
@@ -24,8 +24,9 @@ from diffboost.tree_writer import TreeWriter
 
 logger = logging.getLogger(__name__)
 
-PHANTOMS = "phantoms"
-PHANTOM_WRITERS = {"decathlon": write_decathlon_task, "radimagenet": write_radimagenet_tree}
+PHANTOM_WRITERS = dict(
+    zip(PHANTOM_LAYOUTS, (write_decathlon_task, write_radimagenet_tree), strict=True)
+)
 SMALLEST_PX = 16  # HED halves its input four times
 
 

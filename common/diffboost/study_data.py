@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffboost.data.tasks import PHANTOM_LAYOUTS, PHANTOMS
 from diffboost.plans import Experiment
-
-PHANTOMS = "phantoms"  # made on the fly, as prepare does
-PHANTOM_LAYOUTS = ("decathlon", "radimagenet")
 
 
 def missing_data(

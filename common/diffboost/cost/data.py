@@ -14,10 +14,9 @@ from diffboost.data.phantoms import write_decathlon_task
 from diffboost.data.slices import read_store
 from diffboost.data.sources import IMAGE_SUFFIXES, Case, read_source
 from diffboost.data.splits import assign_folds
-from diffboost.data.tasks import AXCODES
+from diffboost.data.tasks import AXCODES, PHANTOMS
 from diffboost.data.volumes import open_volume
 from diffboost.plans import Experiment
-from diffboost.prepare import PHANTOMS
 
 WORLD_AXES = "RAS"
 

@@ -11,6 +11,8 @@ from diffboost.knobs import nearest, refuse_unknown
 TASKS_DIR = Path(__file__).parent / "tasks"
 LAYOUTS = ("decathlon", "series", "pairs", "radimagenet")
 VOLUMES = ("decathlon", "series")  # the others are of pictures
+PHANTOMS = "phantoms"  # a dataset_dir that prepare makes on the fly
+PHANTOM_LAYOUTS = ("decathlon", "radimagenet")
 # The slice axis lies last; the codes name the directions in which rows, columns and slices grow.
 AXCODES = {"axial": "RAS", "coronal": "RSA", "sagittal": "ASR"}
 INTENSITY_KEYS = {
