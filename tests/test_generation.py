@@ -188,7 +188,7 @@ def test_a_cache_of_a_store_is_known_by_its_index(backbone, tmp_path):
     items = slice_items(store_dir, 0, "training", inner_fraction=0)
     cached = build_cache(items, backbone, str(tmp_path / "cache"), image_size=32)
     assert len(cached) == len(items) == 10 and cached[9]["edges"].shape == (1, 1, 32, 32)
-    copy = pickle.loads(pickle.dumps(cached))
+    copy = pickle.loads(pickle.dumps(cached))  # as a spawned loader process gets it
     np.testing.assert_array_equal(copy[-1]["moments"], cached[9]["moments"])
     with pytest.raises(IndexError):
         cached[10]

@@ -101,7 +101,7 @@ def test_planted_code_in_weights_is_refused_and_not_run(tmp_path, read, layout):
     with pytest.raises(ValueError, match="model.pt (holds more than tensors|cannot be read)"):
         read(path)
     assert not (tmp_path / "executed").exists()
-    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))  # the plant works
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))  # our own: the plant works
     assert (tmp_path / "executed").exists()
 
 

@@ -135,7 +135,7 @@ def test_forked_workers_fill_one_memory(items, reads):
 def test_a_pickled_memory_begins_empty_and_reads_the_same(items):
     memory = PictureMemory([items], SIZE, 1)
     samples(items, memory, "baseline", epochs=1)
-    copy = pickle.loads(pickle.dumps(memory))
+    copy = pickle.loads(pickle.dumps(memory))  # as a spawned loader process gets it
     assert sum(copy.filled[:]) == 0 < sum(memory.filled[:]) and copy.places == memory.places
     assert same(samples(items, None, "baseline"), samples(items, copy, "baseline"))
 

@@ -241,7 +241,7 @@ def test_a_list_of_slices_takes_no_object_a_row(large):
     assert items.nbytes / len(items) < 400
     assert highest / len(items) < 100  # a dictionary would take 2,000
     assert len(pickle.dumps(items)) < 20 * len(items)
-    for _, address in order[:3]:
+    for _, address in order[:3]:  # pickled as for a spawned loader process
         assert dataset[address] == pickle.loads(pickle.dumps(items))[address[1]]
     loader = DataLoader(dataset, batch_size=8, sampler=[0, 1, len(items) - 1], num_workers=1)
     assert next(iter(loader))["case"][2] == items[-1]["case"]

@@ -140,9 +140,8 @@ def test_a_signal_to_the_client_reaches_the_stage(programs, tmp_path, number, co
 
 
 def test_what_is_no_request_is_refused_and_the_next_one_is_served(programs, tmp_path):
-    start(
-        programs, tmp_path, {"run": ["$print('first')"]}
-    ).communicate()  # has a warm process begun
+    # The first stage begins the warm process, whose socket is looked for.
+    start(programs, tmp_path, {"run": ["$print('first')"]}).communicate()
     path = next(path for path in programs["folder"].iterdir() if path.is_socket())
     for garbage in (b"", b"\xff\xff\xff\xff", b"\0\0\0\4nope", b"\0\0\0\2[]"):
         with socket.socket(socket.AF_UNIX) as client:

@@ -21,7 +21,8 @@ CONTAINERS = (
 )  # fmt: skip
 # Lightning writes its own classes beside the weights; they are read as empty shells.
 INERT_MODULES = ("pytorch_lightning.", "lightning.")
-# What torch, zipfile and pickle raise on a damaged file.
+# What torch, zipfile and pickle raise on a damaged file; zipfile says NotImplementedError of a
+# compression or version that it does not know, which a flipped bit makes.
 _DAMAGE = (
     RuntimeError, OSError, ValueError, LookupError, EOFError, TypeError, AttributeError,
     ArithmeticError, AssertionError, MemoryError, ImportError, SafetensorError, zipfile.BadZipFile,

@@ -39,7 +39,9 @@ logger = logging.getLogger(__name__)
 TINY_DIR = Path(__file__).parents[1] / "weights" / "tiny"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD15_DIR = TINY_DIR.with_name("sd15")  # configs alone, no weights
-# What diffusers, transformers and safetensors raise on damaged parts.
+# What diffusers, transformers and safetensors raise on damaged parts: diffusers asserts numbers of
+# channels (AssertionError) and lacks some ways of loading (NotImplementedError); a damaged config
+# may ask for an optional package (ImportError).
 MISFITS = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
     AssertionError, NotImplementedError, ImportError, SafetensorError,

@@ -13,7 +13,8 @@ from diffboost.files import write_aside
 LARGEST_RELEASE = 1 << 36  # bytes, unpacked; 64 GiB
 MOST_FILES = 100_000
 STAMP = (1980, 1, 1, 0, 0, 0)  # zip's first moment: when it was made does not change a release
-# What zipfile raises on damage, encryption and compressions that it does not know.
+# What zipfile raises on damage, encryption (RuntimeError) and compressions that it does not know
+# (NotImplementedError).
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError)
 
 
