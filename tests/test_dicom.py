@@ -40,7 +40,7 @@ from diffboost.dicom.synthetic_images import write_synthetic
 from diffboost.files import sha256_of_files
 from diffboost.generation.provenance import FACTS, machine_facts, read_facts, variant_png
 from diffboost.prepare import prepare
-from diffboost.segmentation.evaluation import source_preprocessing
+from diffboost.segmentation.source_geometry import source_preprocessing
 
 CONFIG = str(
     Path(__file__).parents[1] / "bundles" / "diffboost_segmentation" / "configs" / "inference.yaml"

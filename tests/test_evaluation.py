@@ -12,15 +12,15 @@ from raw_data import TASK_3D, volume, write_decathlon, write_nifti
 from diffboost.data.slices import read_store, slice_items
 from diffboost.data.transforms import LoadSliced
 from diffboost.prepare import prepare
-from diffboost.segmentation.evaluation import (
-    CaseDice,
+from diffboost.segmentation.evaluation import CaseDice
+from diffboost.segmentation.metrics import case_metrics
+from diffboost.segmentation.source_geometry import (
     most_likely,
     slice_axis_of,
     source_labels,
     source_preprocessing,
     stack_slices,
 )
-from diffboost.segmentation.metrics import case_metrics
 
 
 def square(size: tuple[int, ...], *spans: tuple[int, int], value: int = 1) -> torch.Tensor:

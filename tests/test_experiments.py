@@ -222,7 +222,7 @@ def test_allowed_words_are_those_of_the_stages():
         "merge": merging.MERGES,
         "selection": training.SELECTIONS,
         "part": splits.PARTS,
-        "volumes": evaluation.MEASURED,
+        "volumes": evaluation.VOLUMES,
         "empty_masks": metrics.EMPTY_MASKS,
         "distances": metrics.DISTANCES,
     }

@@ -18,7 +18,8 @@ from PIL import Image, PngImagePlugin
 from diffboost.data.pseudonyms import home_of
 from diffboost.data.slices import case_items, read_store
 from diffboost.prepare import prepare
-from diffboost.segmentation.evaluation import CaseWriter, source_preprocessing
+from diffboost.segmentation.evaluation import CaseWriter
+from diffboost.segmentation.source_geometry import source_preprocessing
 
 SECRET = "DOE^JOHN"
 CONFIGS = Path(__file__).parents[1] / "bundles" / "diffboost_segmentation" / "configs"

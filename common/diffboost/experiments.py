@@ -14,11 +14,10 @@ from diffboost.plans import (
     VARIANT_KNOBS,
     Experiment,
     ablated_knobs,
-    check_arm_epochs,
     settings,
 )
 from diffboost.ratio.study import check_auto_ratio
-from diffboost.sections import ABLATED, check_networks, check_sections
+from diffboost.sections import ABLATED, check_arm_epochs, check_networks, check_sections
 from diffboost.segmentation.arms import ARMS
 from diffboost.stages import WORKFLOW, stage_configs
 

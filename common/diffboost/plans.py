@@ -287,30 +287,6 @@ def segmentation_knobs(experiment: Experiment, setting: Setting, arm: str) -> di
     return knobs
 
 
-def check_arm_epochs(experiment: Experiment, path: str | Path) -> None:
-    """Refuses epochs of an arm that the study lacks, or beside an ablation of epochs.
-
-    Args:
-        experiment: the study.
-        path: its file, for the message.
-
-    Raises:
-        ValueError: see above.
-
-    Source: engineering choice
-    """
-    for arm, epochs in experiment.arm_epochs.items():
-        if arm not in experiment.arms or type(epochs) is not int or epochs < 1:
-            raise ValueError(
-                f"{path}: arm_epochs: {arm}: {epochs!r}; arms of the study "
-                f"({', '.join(experiment.arms)}) and whole numbers from 1 up are needed"
-            )
-    if experiment.arm_epochs and "epochs" in ablated_knobs(experiment):
-        raise ValueError(
-            f"{path}: arm_epochs: beside a list of segmentation: epochs; only one can be"
-        )
-
-
 def segmentation_network(experiment: Experiment, setting: Setting) -> str:
     """The network of a setting's segmenters."""
     return setting.value if setting.knob == "network" else experiment.networks[0]

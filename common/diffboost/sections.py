@@ -1,4 +1,4 @@
-"""The sections of an experiment file against the configs of their stages: knobs and values."""
+"""The sections of an experiment file against the configs of their stages, and its arms' epochs."""
 
 import re
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from diffboost.data.documents import read_config
 from diffboost.knob_values import check_value, refuse_own, set_by_study
 from diffboost.knobs import nearest, refuse_unknown
-from diffboost.plans import DEFAULT_NETWORK, Experiment
+from diffboost.plans import DEFAULT_NETWORK, Experiment, ablated_knobs
 from diffboost.ratio.study import fixed_knobs
 
 ABLATED = ("synthesis", "segmentation")
@@ -25,6 +25,30 @@ def check_networks(experiment: Experiment, config_files: Mapping, path: Path) ->
     for network in networks:
         if network not in known:
             raise ValueError(f"{path}: network: {network!r} is unknown; {nearest(network, known)}")
+
+
+def check_arm_epochs(experiment: Experiment, path: str | Path) -> None:
+    """Refuses epochs of an arm that the study lacks, or beside an ablation of epochs.
+
+    Args:
+        experiment: the study.
+        path: its file, for the message.
+
+    Raises:
+        ValueError: see above.
+
+    Source: engineering choice
+    """
+    for arm, epochs in experiment.arm_epochs.items():
+        if arm not in experiment.arms or type(epochs) is not int or epochs < 1:
+            raise ValueError(
+                f"{path}: arm_epochs: {arm}: {epochs!r}; arms of the study "
+                f"({', '.join(experiment.arms)}) and whole numbers from 1 up are needed"
+            )
+    if experiment.arm_epochs and "epochs" in ablated_knobs(experiment):
+        raise ValueError(
+            f"{path}: arm_epochs: beside a list of segmentation: epochs; only one can be"
+        )
 
 
 def check_sections(experiment: Experiment, config_files: Mapping, path: Path) -> None:

@@ -4,11 +4,12 @@ import logging
 from pathlib import Path
 
 from diffboost.cost import data, devices, report
-from diffboost.cost.plan import Stage, StudyCost
+from diffboost.cost.plan import StudyCost
+from diffboost.cost.stage import Stage
+from diffboost.data.tasks import PHANTOMS
 from diffboost.data.tree import scan_tree
 from diffboost.experiments import read_experiment, study_task
 from diffboost.plans import Experiment
-from diffboost.prepare import PHANTOMS
 from diffboost.stages import WORKFLOW, stage_configs
 
 logger = logging.getLogger(__name__)

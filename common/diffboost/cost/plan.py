@@ -1,7 +1,7 @@
 """The stages of a study with what each costs: units a slice times the slices of its folds."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from diffboost import plans
 from diffboost.cost import units
 from diffboost.cost.configs import parse, value
 from diffboost.cost.ratio import passes_of, search_bound, training_flops
+from diffboost.cost.stage import Stage
 from diffboost.cost.units import Unit
 from diffboost.data.splits import select
 from diffboost.plans import Experiment
@@ -25,34 +26,6 @@ SAMPLING_KNOBS = (
     "control_interval", "decoder", "batch_size",
 )  # fmt: skip
 FREE_KNOBS = ("alpha", "patch_size", "num_variants", "epochs", "learning_rate")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One run of a stage.
-
-    Args:
-        stage: prepare, latents, finetune, synthesize, train_segmentation, evaluate …
-        what: arm, setting or network, where there are several.
-        fold, seed: of the run; None where it has none.
-        images: passes of an image through the stage's network.
-        steps: updates of weights; 0 where nothing is trained.
-        unit: FLOPs an image, and memory.
-        flops: of the whole run.
-        disk_bytes: of what it writes.
-        float32_flops: those of ``flops`` that are in float32, whatever the unit's precision.
-    """
-
-    stage: str
-    what: str
-    fold: int | None
-    seed: int | None
-    images: int
-    steps: int
-    unit: Unit
-    flops: float
-    disk_bytes: int
-    float32_flops: float = 0.0
 
 
 class StudyCost:

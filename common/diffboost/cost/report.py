@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from diffboost.cost.devices import Device
-from diffboost.cost.plan import Stage
+from diffboost.cost.stage import Stage
 
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 ASSUMPTIONS = (
