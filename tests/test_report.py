@@ -27,7 +27,7 @@ from diffboost.report import (
     signed,
     write_report,
 )
-from diffboost.results import load_metrics
+from diffboost.results import load_metrics, read_edge_agreement
 from diffboost.statistics import (
     ablation_points,
     case_values,
@@ -121,6 +121,18 @@ def run_dir(tmp_path_factory):
     (run_dir / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     write_report(run_dir)
     return run_dir
+
+
+def test_a_fold_of_one_case_has_no_part_in_the_agreement_with_other_cases(tmp_path):
+    """Its NaN counted as 0, which looks like variants that follow their own edges alone."""
+    for fold, other in (("fold0", float("nan")), ("fold1", 0.2)):
+        (tmp_path / fold / "synthetic_store").mkdir(parents=True)
+        path = tmp_path / fold / "synthetic_store" / "edge_agreement.json"
+        path.write_text(json.dumps({"own": 0.8, "other": other, "n": 10}))
+    found = read_edge_agreement(tmp_path)
+    assert found == pytest.approx({"own": 0.8, "other": 0.2, "n": 20})
+    path.unlink()
+    assert np.isnan(read_edge_agreement(tmp_path)["other"])
 
 
 def test_a_case_counts_once_whatever_the_seeds_and_labels():

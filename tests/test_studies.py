@@ -331,19 +331,33 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("low", "training_low", "p", "words"),
+    ("low", "training_low", "num_seeds", "p", "words"),
     [
-        (0.01, 0.01, 0.04, "gain shown"),
-        (0.01, np.nan, 0.04, "gain shown"),  # one seed
-        (0.01, -0.01, 0.04, "no gain shown"),
-        (0.01, 0.01, 0.06, "no gain shown"),
-        (-0.01, 0.01, 0.01, "no gain shown"),
-        (np.nan, np.nan, np.nan, "no gain shown"),
+        (0.01, 0.01, 2, 0.04, "gain shown"),
+        (0.01, np.nan, 1, 0.04, "gain shown"),
+        (0.01, np.nan, 2, 0.04, "no gain shown"),  # seeds without a case in common
+        (0.01, -0.01, 2, 0.04, "no gain shown"),
+        (0.01, 0.01, 2, 0.06, "no gain shown"),
+        (-0.01, 0.01, 2, 0.01, "no gain shown"),
+        (np.nan, np.nan, 1, np.nan, "no gain shown"),
     ],
 )
-def test_a_gain_needs_both_intervals_and_holms_p(low, training_low, p, words):
+def test_a_gain_needs_both_intervals_and_holms_p(low, training_low, num_seeds, p, words):
     found = {"ci95": [low, low + 0.05], "training_ci95": [training_low, 0.1], "p_holm": p}
-    assert verdict(found) == words
+    assert verdict(found | {"num_seeds": num_seeds}) == words
+
+
+def test_arms_are_paired_at_the_folds_and_seeds_that_both_have():
+    """A seed of one arm alone moved its mean, and no interval over seeds passed for one seed."""
+    rows = metric_rows("baseline", 0, seed=0) + metric_rows("mirror", 0.06, seed=0)
+    rows += metric_rows("baseline", -0.2, seed=1)
+    found = summarize(pd.DataFrame(rows, columns=COLUMNS), ["baseline", "mirror"])[1]["mirror"]
+    assert found["dice"]["mean"] == pytest.approx(0.06, abs=0.02)
+    assert np.isnan(found["dice"]["training_ci95"][0])
+    assert verdict(found["dice"]) == "no gain shown"  # two seeds were ordered
+    rows = metric_rows("baseline", 0, seed=0) + metric_rows("mirror", 0.06, seed=1)
+    apart = summarize(pd.DataFrame(rows, columns=COLUMNS), ["baseline", "mirror"])[1]["mirror"]
+    assert apart["dice"]["n"] == 0 and verdict(apart["dice"]) == "no gain shown"
 
 
 def test_a_gain_that_another_seed_turns_round_is_not_shown():

@@ -176,7 +176,8 @@ def read_edge_agreement(run_dir: Path) -> dict | None:
     """Correlation of a variant's edges with its own hint and with others', averaged over the folds.
 
     Returns:
-        {"own", "other", "n"}, or None where nothing was synthesized.
+        {"own", "other", "n"}, or None where nothing was synthesized. own and other are means over
+        the folds that have one (a fold of one case has no other), weighed by n; NaN if none has.
 
     Source: engineering choice
     """
@@ -184,9 +185,9 @@ def read_edge_agreement(run_dir: Path) -> dict | None:
     if not paths:
         return None
     found = pd.DataFrame([read_json(path, "edge agreement", nan=True) for path in paths])
-    weights = found["n"] / found["n"].sum()
-    means = {key: float((found[key] * weights).sum()) for key in ("own", "other")}
-    return means | {"n": int(found["n"].sum())}
+    sums = found[["own", "other"]].mul(found["n"], axis=0).sum(min_count=1)
+    counts = found[["own", "other"]].notna().mul(found["n"], axis=0).sum()
+    return (sums / counts).to_dict() | {"n": int(found["n"].sum())}
 
 
 def read_ratios(run_dir: Path) -> dict[str, dict]:

@@ -18,7 +18,7 @@ def case_values(metrics: pd.DataFrame) -> pd.DataFrame:
     """One value per arm, metric and case: first the mean over labels and seeds (and folds).
 
     A case counts once however often it was tested, so that seeds do not pass for patients. Values
-    that do not exist (a distance to an empty mask) are left out of their case's mean.
+    that do not exist (NaN, infinite) are left out of their case's mean.
 
     Args:
         metrics: columns arm, fold, seed, case, label, metric, value.
@@ -132,6 +132,7 @@ def training_interval(metrics: pd.DataFrame, arm: str, reference: str, metric: s
     """
     finite = metrics[(metrics["metric"] == metric) & np.isfinite(metrics["value"])]
     values = finite.groupby(["arm", "seed", "case"])["value"].mean()
+    values = values.unstack("arm").reindex(columns=[arm, reference])  # NaN where one has none
     difference = (values[arm] - values[reference]).unstack("case")
     difference = difference.dropna(how="all").dropna(axis="columns")  # seeds of both, then cases
     return crossed_interval(difference.to_numpy())["ci95"]
@@ -160,14 +161,27 @@ def verdict(difference: Mapping) -> str:
     """Says "gain shown" if both intervals lie above 0 and Holm's p is below 0.05, else not.
 
     Args:
-        difference: of the Dice, with the keys ci95 and p_holm, of which NaN shows nothing; and
-            training_ci95, of which NaN (one seed) is passed over.
+        difference: of the Dice, with the keys ci95, p_holm and training_ci95, of which NaN shows
+            nothing; the last is passed over where num_seeds is 1, for then there is none.
 
     Source: engineering choice
     """
-    low = difference["training_ci95"][0]
     shown = difference["ci95"][0] > 0 and difference["p_holm"] < SIGNIFICANCE
-    return "gain shown" if shown and (np.isnan(low) or low > 0) else "no gain shown"
+    over_seeds = difference["num_seeds"] == 1 or difference["training_ci95"][0] > 0
+    return "gain shown" if shown and over_seeds else "no gain shown"
+
+
+def _compare(metrics: pd.DataFrame, arm: str, reference: str, names: list[str]) -> dict:
+    """Each metric's paired difference of two arms, at the folds and seeds that both have."""
+    pair = metrics[metrics["arm"].isin([arm, reference])]
+    shared = pair[pair.groupby(["fold", "seed"])["arm"].transform("nunique") == 2]
+    values = case_values(shared).reindex(pd.MultiIndex.from_product([[arm, reference], names]))
+    return {
+        name: paired_difference(values.loc[(arm, name)], values.loc[(reference, name)])
+        | {"num_seeds": pair["seed"].nunique()}
+        | {"training_ci95": training_interval(shared, arm, reference, name)}
+        for name in names
+    }
 
 
 def summarize(
@@ -182,8 +196,9 @@ def summarize(
 
     Returns:
         {arm: {metric: {"mean", "sd", "n"}}} and {arm: {metric: {"mean", "ci95", "p", "n",
-        "p_holm", "training_ci95"}}}, the second without the reference; Holm's p counts the arms
-        of one metric.
+        "p_holm", "training_ci95", "num_seeds"}}}, the second without the reference: over the folds
+        and seeds that both arms have, num_seeds being those of either; Holm's p counts the arms of
+        one metric.
 
     Source: engineering choice
     """
@@ -192,11 +207,7 @@ def summarize(
     named = [name for name in METRICS if name in values.index.get_level_values("metric")]
     figures = {arm: {name: describe(values.loc[arm, name]) for name in named} for arm in present}
     differences = {
-        arm: {
-            name: paired_difference(values.loc[arm, name], values.loc[reference, name])
-            | {"training_ci95": training_interval(metrics, arm, reference, name)}
-            for name in named
-        }
+        arm: _compare(metrics, arm, reference, named)
         for arm in present
         if arm != reference and reference in present
     }
