@@ -53,6 +53,7 @@ MORE_TIME = {  # a study, and one whose classical arms train as long as all of i
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
 STUDIES = tuple(dict.fromkeys((*sum(CURVES.values(), ()), UNLABELLED, *MORE_TIME.values())))
+ORDERED = (*STUDIES, DEVELOPMENT, JOINED)
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
 
 
@@ -218,7 +219,7 @@ def write_page(output_dir: Path) -> None:
     )  # fmt: skip
     text = environment.get_template("results_page.md.j2").render(
         tables=tables, cases=cases, missed=MISSED, figures=figures,
-        missing=[name for name in STUDIES if name not in studies],
+        missing=[name for name in ORDERED if not (data_dir / f"{name}.csv.gz").is_file()],
         levers=None if development is None else levers(development),
         development=None if development is None else table(
             development[development.knob == ""], "baseline"),
@@ -242,7 +243,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.runs:
-        collect(options.runs, options.output_dir / "data", (*STUDIES, DEVELOPMENT, JOINED))
+        collect(options.runs, options.output_dir / "data", ORDERED)
     write_page(options.output_dir)
 
 
