@@ -15,6 +15,7 @@ from diffboost.conditions.edges import (
     detection_size,
     join_edges,
     load_edge_detector,
+    load_edge_detector_of,
     mask_edges,
 )
 
@@ -145,6 +146,17 @@ def test_weights_of_another_hash_are_refused(weights_file, monkeypatch):
     monkeypatch.setattr(hed_weights, "WHEEL_MEMBER_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="expected 0000"):
         load_edge_detector("hed-bsds500", weights_file)
+
+
+def test_a_store_is_measured_with_the_weights_that_made_its_edges(weights_file, tmp_path):
+    digest = load_edge_detector("hed-bsds500", weights_file).weights_sha256
+    facts = {"edges": "hed-bsds500", "hed_size_px": 32, "edge_weights_sha256": digest}
+    (copy,) = (tmp_path / "cache").iterdir()
+    (found,) = {load_edge_detector_of(facts, path).weights_sha256 for path in (copy, None)}
+    assert found == digest
+    message = f"edge_weights: those of the cache: their hash is {digest}; .* made by 0000"
+    with pytest.raises(ValueError, match=message):
+        load_edge_detector_of(facts | {"edge_weights_sha256": "0000"})
 
 
 def test_weights_that_are_nowhere_are_named_with_the_way_to_get_them(tmp_path, monkeypatch):

@@ -215,6 +215,32 @@ def test_segmenters_have_the_classes_that_prepare_makes(tmp_path):
     assert words_of(commands, "num_classes") == ["3", "3"]  # training, evaluation
 
 
+def test_filter_ratio_and_edge_weights_reach_synthesis(tmp_path):
+    """The edge weights that prepare was given did not: it looked for them where none were."""
+    experiment = {"name": "filtered", "task": "phantom_organ", "dataset_dir": "phantoms"}
+    experiment |= {"arms": ["baseline", "diffboost"], "folds": [1], "seeds": [3], "network": "unet"}
+    experiment |= {"edges": "hed-bsds500", "prepare": {"edge_weights": "hed.whl"}}
+    experiment |= {"synthesis": {"quality_filter": True, "max_lost": 0.1}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    jobs, output = dry_run(path, tmp_path / "run")
+    (words,) = [words for words in bundle_commands(output) if "--generator_dir" in words]
+    segmenter = f"{tmp_path}/run/fold1/baseline/seed3"
+    assert words_of([words], "segmenter_dir") == [segmenter]
+    assert "network_unet.yaml" in words_of([words], "segmenter_configs")[0]
+    assert words_of([words], "max_lost") + words_of([words], "edge_weights") == ["0.1", "hed.whl"]
+    experiment["synthesis"] |= {"ratio": "auto"}
+    path.write_text(yaml.safe_dump(experiment | {"auto_ratio": {"max_ratio": 4}}))
+    jobs, output = dry_run(path, tmp_path / "auto")
+    (words,) = [words for words in bundle_commands(output) if "--generator_dir" in words]
+    assert words_of([words], "config_file")[0].endswith("auto_ratio.yaml")
+    assert words_of([words], "max_ratio") == ["4"] and not words_of([words], "segmenter_dir")
+    knobs = yaml.safe_load(words_of([words], "synthesis_knobs")[0])
+    expected = {"quality_filter": True, "max_lost": 0.1, "edge_weights": "hed.whl"}
+    assert knobs.items() >= expected.items() and "ratio" not in knobs
+    assert knobs["segmenter_dir"] == f"{tmp_path}/auto/fold1/baseline/seed3"
+
+
 def test_unlabelled_images_teach_each_folds_generator_first(tmp_path):
     name = "real_breast_20_unlabelled"
     jobs, output = dry_run(REPOSITORY / f"workflow/experiments/{name}.yaml", tmp_path)

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from diffboost.conditions.edges import EdgeDetector, load_edge_detector
+from diffboost.conditions.edges import EdgeDetector, load_edge_detector_of
 from diffboost.conditions.prompts import task_prompt
 from diffboost.data.slices import INDEX_COLUMNS, SliceStore, read_store, write_edge
 from diffboost.data.splits import select
@@ -65,7 +65,7 @@ def prepare_unlabelled(
     settings = {"fold": fold, "num_cases": num_cases, "inner_fraction": inner_fraction}
     rows = _unlabelled_rows(store, **settings)
     preprocessing = dict(store.header["preprocessing"])
-    weights = preprocessing.pop("edge_weights_sha256")
+    preprocessing.pop("edge_weights_sha256")  # comes back when the store is written
     wanted = {name: store.header.get(name) for name in OF_THE_STORE} | {
         "task": {**store.header["task"], "labels": {}},
         "preprocessing": preprocessing,
@@ -76,14 +76,7 @@ def prepare_unlabelled(
     }
     if in_place(unlabelled_dir, wanted):
         return unlabelled_dir
-    detector = load_edge_detector(
-        preprocessing["edges"], edge_weights, preprocessing["hed_size_px"], device
-    )
-    if detector.weights_sha256 != weights:
-        raise ValueError(
-            f"edge_weights: {edge_weights}: their hash is {detector.weights_sha256}; the edges of "
-            f"{store.store_dir} were made by {weights}"
-        )
+    detector = load_edge_detector_of(store.header["preprocessing"], edge_weights, device)
     with partial_store(unlabelled_dir, wanted) as partial_dir:
         for name in FOLDERS:
             (partial_dir / name).mkdir(exist_ok=True)

@@ -86,6 +86,7 @@ def quality(
     max_lost: float = 0.05,
     num_calibrated: int = 200,
     seed: int = 0,
+    edge_weights: str | None = None,
 ) -> None:
     """Scores the variants of a finished store and says which the quality filter would reject.
 
@@ -100,6 +101,7 @@ def quality(
         max_lost: share of good variants that may be rejected.
         num_calibrated: slices of the inner validation to calibrate on.
         seed: draws these slices and their planted defects.
+        edge_weights: file or hub id of the store's edge weights; left out: cache, pip or hub.
     """
     from diffboost.audit.quality import audit_quality  # torch takes seconds
 
@@ -114,6 +116,7 @@ def quality(
             max_lost,
             num_calibrated,
             seed,
+            edge_weights,
         )
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from diffboost.conditions.edges import load_edge_detector
+from diffboost.conditions.edges import load_edge_detector_of
 from diffboost.data.addresses import address_seed
 from diffboost.data.slices import read_store
 from diffboost.data.transforms import LoadSliced
@@ -38,6 +38,7 @@ def measure_edge_agreement(
     num_variants: int = 200,
     seed: int = 0,
     batch_size: int = 16,
+    edge_weights: str | None = None,
     device: str | torch.device = "cpu",
 ) -> dict:
     """Correlation of the variants' edge maps with their own hints and with those of other cases.
@@ -52,6 +53,7 @@ def measure_edge_agreement(
         num_variants: how many are measured, drawn from ``seed``.
         seed: draws the variants and the other cases.
         batch_size: images a pass of the detector.
+        edge_weights: where the store's edge weights are; None: cache, pip or hub.
         device: where the detector runs.
 
     Returns:
@@ -64,9 +66,7 @@ def measure_edge_agreement(
     if not is_main_process():
         return {}
     preprocessing = read_store(store_dir).header["preprocessing"]
-    detector = load_edge_detector(
-        preprocessing["edges"], size_px=preprocessing["hed_size_px"], device=device
-    )
+    detector = load_edge_detector_of(preprocessing, edge_weights, device)
     generator = np.random.RandomState(address_seed(seed, "edge agreement"))
     chosen = generator.permutation(len(data))[:num_variants]
     items = [data[i] for i in chosen]

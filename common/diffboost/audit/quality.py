@@ -58,6 +58,7 @@ def filter_variants(
     num_cases: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    edge_weights: str | None = None,
     device: str | torch.device = "cpu",
 ) -> None:
     """Scores the variants of a synthetic store and marks in its manifest those that are rejected.
@@ -78,6 +79,7 @@ def filter_variants(
         num_cases: of the training fold, see ``slice_items``.
         seed: draws the slices and their defects.
         batch_size: images a pass.
+        edge_weights: where the store's edge weights are; None: cache, pip or hub.
         device: where segmenter and edge detector run.
 
     Raises:
@@ -105,6 +107,7 @@ def filter_variants(
             num_calibrated=num_calibrated,
             seed=seed,
             batch_size=batch_size,
+            edge_weights=edge_weights,
             device=device,
         )
         write_aside(folder / "manifest.parquet", functools.partial(write_table, table=judged))
@@ -122,14 +125,15 @@ def audit_quality(
     max_lost: float = 0.05,
     num_calibrated: int = 200,
     seed: int = 0,
+    edge_weights: str | None = None,
 ) -> dict:
     """Scores the variants of a finished store, which stays as it is.
 
     Fold, inner split and number of cases are those of the segmenter's run.json.
 
     Args:
-        store_dir, synthetic_dir, segmenter_dir, segmenter_configs, max_lost, num_calibrated, seed:
-            see ``filter_variants``.
+        store_dir, synthetic_dir, segmenter_dir, segmenter_configs, max_lost, num_calibrated, seed,
+            edge_weights: see ``filter_variants``.
         output_dir: gets quality.parquet (the manifest with scores, ``kept`` and ``reason``),
             quality.json and rejected.png.
 
@@ -157,6 +161,7 @@ def audit_quality(
         max_lost=max_lost,
         num_calibrated=num_calibrated,
         seed=seed,
+        edge_weights=edge_weights,
     )
     write_aside(output / "quality.parquet", functools.partial(write_table, table=judged))
     _write_record(output, record)
@@ -176,6 +181,7 @@ def judge_variants(
     num_calibrated: int,
     seed: int,
     batch_size: int = 32,
+    edge_weights: str | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[pd.DataFrame, list[dict], dict]:
     """The manifest with scores and verdicts, the variants' items, and how all this came about.
@@ -196,7 +202,14 @@ def judge_variants(
         for part in ("training", "inner_validation")
     }
     instruments = load_instruments(
-        store, segmenter_dir, segmenter_configs, parts["training"], seed, device, batch_size
+        store,
+        segmenter_dir,
+        segmenter_configs,
+        parts["training"],
+        seed,
+        device,
+        batch_size,
+        edge_weights,
     )
     judges = calibrate_judges(
         parts["inner_validation"], instruments, max_lost, num_calibrated, seed

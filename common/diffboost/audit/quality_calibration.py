@@ -21,7 +21,7 @@ from diffboost.audit.quality_scores import (
     score_sample,
     view_images,
 )
-from diffboost.conditions.edges import EdgeDetector, load_edge_detector
+from diffboost.conditions.edges import EdgeDetector, load_edge_detector_of
 from diffboost.data.addresses import address_seed
 from diffboost.data.slices import SliceStore
 from diffboost.data.transforms import LoadSliced
@@ -98,6 +98,7 @@ def load_instruments(
     seed: int = 0,
     device: str | torch.device = "cpu",
     batch_size: int = 32,
+    edge_weights: str | None = None,
 ) -> Instruments:
     """Loads what variants of a store are measured with.
 
@@ -108,6 +109,7 @@ def load_instruments(
         seed: draws these.
         device: where segmenter and detector run.
         batch_size: images a pass.
+        edge_weights: where the store's edge weights are; None: cache, pip or hub.
 
     Source: engineering choice.
     """
@@ -119,9 +121,7 @@ def load_instruments(
     pairs = [(item["image"][0].numpy(), item["label"][0].numpy()) for item in loaded]
     return Instruments(
         load_segmenter(segmenter_dir, segmenter_configs, store.num_classes, device),
-        load_edge_detector(
-            preprocessing["edges"], size_px=preprocessing["hed_size_px"], device=device
-        ),
+        load_edge_detector_of(preprocessing, edge_weights, device),
         describe_reference(pairs),
         load,
         device,

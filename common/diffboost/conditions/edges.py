@@ -1,6 +1,6 @@
 """Edge maps: HED or a weight-free gradient of images, edges of masks, and their union."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -121,6 +121,36 @@ def load_edge_detector(
     on_processor = torch.device(device).type == "cpu"  # GPUs have such convolutions themselves
     detect = GrayHed(network) if on_processor else partial(_hed, network)
     return EdgeDetector(name, detect, size_px, digest, device)
+
+
+def load_edge_detector_of(
+    preprocessing: Mapping,
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> EdgeDetector:
+    """Loads the detector that a slice store was prepared with.
+
+    Args:
+        preprocessing: what the store's dataset.json says: edges, hed_size_px, edge_weights_sha256.
+        weights: see ``load_edge_detector``.
+        device: where to compute.
+
+    Raises:
+        ValueError: other weights than the store's; else as ``load_edge_detector``.
+        FileNotFoundError: as ``load_edge_detector``.
+
+    Source: engineering choice.
+    """
+    detector = load_edge_detector(
+        preprocessing["edges"], weights, preprocessing["hed_size_px"], device
+    )
+    if detector.weights_sha256 != preprocessing["edge_weights_sha256"]:
+        raise ValueError(
+            f"edge_weights: {weights or 'those of the cache'}: their hash is "
+            f"{detector.weights_sha256}; the store's edges were made by "
+            f"{preprocessing['edge_weights_sha256']}"
+        )
+    return detector
 
 
 def _hed(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
