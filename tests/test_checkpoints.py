@@ -65,7 +65,7 @@ class StopAt:
             raise self.error
 
 
-def train(folder, handlers=(), interval=3, num_workers=0, loss=None, settings=None):
+def train(folder, handlers=(), interval=3, num_workers=0, loss=None, settings=None, batch_size=2):
     """One run, as a training config makes it: dropout, schedule, average, selection, log."""
     torch.manual_seed(0), np.random.seed(0)
     partial_dir, output_dir = folder / "model.partial", folder / "model"
@@ -81,7 +81,7 @@ def train(folder, handlers=(), interval=3, num_workers=0, loss=None, settings=No
         for n, image in enumerate(images)
     ]
     data = AddressedDataset(items, DrawNoised(), seed=0)
-    sampler = AddressedSampler(data, seed=0, batch_size=2)
+    sampler = AddressedSampler(data, seed=0, batch_size=batch_size)
     cross_entropy = loss or (
         lambda pred, label: torch.nn.functional.cross_entropy(pred, label[:, 0])
     )
@@ -101,7 +101,7 @@ def train(folder, handlers=(), interval=3, num_workers=0, loss=None, settings=No
     trainer = SupervisedTrainer(
         device="cpu",
         max_epochs=EPOCHS,
-        train_data_loader=DataLoader(data, 2, sampler=sampler, num_workers=num_workers),
+        train_data_loader=DataLoader(data, batch_size, sampler=sampler, num_workers=num_workers),
         network=network,
         optimizer=optimizer,
         loss_function=cross_entropy,
@@ -265,6 +265,14 @@ def test_another_run_of_the_folder_is_refused(tmp_path):
         train(tmp_path, [StopAt(4)])
     with pytest.raises(ValueError, match=r"holds another run \(epochs 4 instead of 5\)"):
         train(tmp_path, settings={"epochs": 5})
+
+
+def test_a_run_of_other_steps_an_epoch_does_not_go_on(tmp_path):
+    """With two processes for one it left out every second epoch that was still to come."""
+    with pytest.raises(Stopped):
+        train(tmp_path, [StopAt(7)])
+    with pytest.raises(ValueError, match="has 9 steps, one of the training that was stopped 5; go"):
+        train(tmp_path, batch_size=1)
 
 
 def test_a_model_of_no_known_run_is_not_replaced(tmp_path):

@@ -107,6 +107,13 @@ class Checkpoints:
         if self.pending is None:
             return
         step = self.saved = self.pending["step"]
+        epoch_length = self.pending.get("epoch_length", trainer.state.epoch_length)
+        if epoch_length != trainer.state.epoch_length:
+            raise ValueError(
+                f"{self.folder}: an epoch of this training has {trainer.state.epoch_length} steps, "
+                f"one of the training that was stopped {epoch_length}; go on with as many "
+                "processes as it had, or begin anew in another output_dir"
+            )
         trainer.state.iteration = step
         trainer.state.epoch, done = divmod(step, trainer.state.epoch_length)
         trainer.data_loader.sampler.go_on(trainer.state.epoch, done)
@@ -142,9 +149,8 @@ class Checkpoints:
             self.pending = None
 
     def _set_generators(self, trainer: Trainer) -> None:
-        """The states of this process; of other numbers of processes, those of one of them."""
-        states = self.pending["generators"]
-        set_generator_states(states[process_rank_and_count()[0] % len(states)])
+        """The states of this process."""
+        set_generator_states(self.pending["generators"][process_rank_and_count()[0]])
 
     def _all_parts(self, trainer: Trainer) -> dict[str, Stateful]:
         return self.parts | getattr(trainer.state, "announced", {})
@@ -201,7 +207,8 @@ class Checkpoints:
             state = vars(self.validator.state)
             states["best"] = {key: state[key] for key in ("best_metric", "best_metric_epoch")}
         step = self.saved = trainer.state.iteration
-        content = {"step": step, "parts": states, "generators": gather_objects(generator_states())}
+        content = {"step": step, "epoch_length": trainer.state.epoch_length, "parts": states}
+        content |= {"generators": gather_objects(generator_states())}
         if is_main_process():
             write_checkpoint(self.folder, content)
         wait_for_processes()
