@@ -281,6 +281,7 @@ BAD = {
     "skewed": (tags(every=True, ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "right angle"),
     "flat": (tags(every=True, PixelSpacing=[0, 1]), r"PixelSpacing \[0.0, 1.0\] mm; 0.0001 to"),
     "bits": (tags(BitsAllocated=12), "BitsAllocated 12; 8, 16, 32 are read"),
+    "high bit": (tags(BitsStored=12, HighBit=15), "HighBit 15 with BitsStored 12: only values"),
     "sizes": (tags(Rows=12), "different numbers of rows"),
     "huge": (tags(Rows=65535, Columns=65535), "claims 65535 x 65535 pixels; 1 to"),
     "hollow": (tags(Rows=4000, Columns=4000), "cut off: .* bytes cannot hold the 32000000"),

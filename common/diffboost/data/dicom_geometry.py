@@ -82,6 +82,13 @@ def check_image(dataset: Any) -> None:
         raise UnusableDicom(f"lacks {', '.join(missing)}: no slice with a place in space")
     if dataset.BitsAllocated not in (8, 16, 32):
         raise UnusableDicom(f"BitsAllocated {dataset.BitsAllocated!s:.20}; 8, 16, 32 are read")
+    stored = dataset.get("BitsStored") or dataset.BitsAllocated
+    high = dataset.get("HighBit", stored - 1)
+    if high != stored - 1:
+        raise UnusableDicom(
+            f"HighBit {high!s:.20} with BitsStored {stored!s:.20}: only values whose lowest bit is "
+            "bit 0 (HighBit = BitsStored - 1) are read"
+        )
     if "ModalityLUTSequence" in dataset:
         raise UnusableDicom(
             "its values go through a table (ModalityLUTSequence), which is not read"
