@@ -97,3 +97,7 @@ def test_listed_cases_are_dealt_in_blocks():
     assert assign_folds(CASES, 3, seed=5, order="listed") == folds
     with pytest.raises(ValueError, match="fold_order: 'list' is unknown; did you mean 'listed'"):
         assign_folds(CASES, 3, seed=0, order="list")
+    groups = {"a": "a", "b": "b", "c": "a", "d": "a"}
+    with pytest.raises(ValueError, match="num_folds: 2 folds .* leave one without a case"):
+        assign_folds([*"abcd"], 2, 0, "listed", groups)
+    assert set(assign_folds([*"abcd"], 2, 0, "drawn", groups).values()) == {0, 1}

@@ -202,9 +202,9 @@ class StoreWriter:
     def _folds(self, index: pd.DataFrame, training: Sequence[str]) -> dict[str, int]:
         """The fold of every case of section training."""
         num_folds = self.wanted["num_folds"]
-        if (index.section == "test").any():  # folds only move the inner validation then
-            num_folds = min(num_folds, len(training))
         groups = dict(zip(index.case, index.group, strict=True))
+        if (index.section == "test").any():  # folds only move the inner validation then
+            num_folds = min(num_folds, len({groups[case] for case in training}))
         return assign_folds(
             training, num_folds, self.wanted["seed"], self.wanted["fold_order"], groups
         )

@@ -64,7 +64,14 @@ def assign_folds(
         return _fill_folds(members, num_folds, seed)
     blocks = np.array_split(np.arange(len(names)), num_folds)  # the first ones may have one more
     listed = {names[rank]: fold for fold, block in enumerate(blocks) for rank in block}
-    return {name: listed[group[0]] for group in members.values() for name in group}
+    folds = {name: listed[group[0]] for group in members.values() for name in group}
+    if len(set(folds.values())) < num_folds:
+        raise ValueError(
+            f"num_folds: {num_folds} folds of cases as they are listed leave one without a case, "
+            "for cases that are duplicates of each other go where the first of them goes; fewer "
+            "folds, or fold_order drawn"
+        )
+    return folds
 
 
 def _fill_folds(members: Mapping[str, list[str]], num_folds: int, seed: int) -> dict[str, int]:
