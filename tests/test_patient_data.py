@@ -13,6 +13,7 @@ import pytest
 import raw_data
 import torch
 from monai.bundle import ConfigParser
+from monai.data import MetaTensor
 from PIL import Image, PngImagePlugin
 
 from diffboost.data.pseudonyms import home_of
@@ -116,6 +117,19 @@ def test_predictions_of_evaluation_hold_no_header(source, tmp_path):
         pred = pred if pred.shape[-1] > 1 else pred[..., 0]
         writer._write_prediction(item["case"], pred)
     check_predictions(tmp_path / "predictions", 3)
+
+
+def test_a_prediction_of_one_slice_keeps_its_axes(source, tmp_path):
+    """The last axis was left out where it had one slice."""
+    store_dir = prepared(*source[:2])
+    writer = CaseWriter(str(store_dir), str(tmp_path), case_items(store_dir, 0, "all"))
+    affine = torch.tensor([[0, 2.0, 0, 1], [3, 0, 0, 2], [0, 0, 4, 3], [0, 0, 0, 1]]).double()
+    for shape in ((40, 32, 1), (1, 40, 32), (40, 32, 5)):
+        pred = torch.arange(np.prod(shape)).reshape(1, *shape) % 3
+        path = writer._write_prediction("case", MetaTensor(pred, affine=affine))
+        found = nib.load(tmp_path / path)
+        assert found.shape == shape and np.allclose(found.affine, affine)
+        assert np.array_equal(np.asarray(found.dataobj), pred[0])
 
 
 def test_predictions_of_inference_hold_no_header(source, tmp_path):

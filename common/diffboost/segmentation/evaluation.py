@@ -4,10 +4,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Metric
-from monai.data import MetaTensor, NibabelWriter
+from monai.data import MetaTensor
 from monai.data.utils import affine_to_spacing
 
 from diffboost.checkpoints import announce
@@ -203,8 +205,7 @@ class CaseWriter:
             write_label(self.partial_dir / path, pred[0].cpu().numpy())
             return path
         path = f"predictions/{case}.nii.gz"
-        writer = NibabelWriter(output_dtype="uint8")
-        writer.set_data_array(pred.cpu(), channel_dim=0)
-        writer.set_metadata(pred.meta, resample=False)
-        writer.write(str(self.partial_dir / path))
+        # MONAI's writer would leave out the last axis of a volume of one slice
+        volume = nib.Nifti1Image(pred[0].cpu().numpy().astype(np.uint8), pred.affine.cpu().numpy())
+        nib.save(volume, self.partial_dir / path)
         return path
