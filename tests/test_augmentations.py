@@ -11,6 +11,7 @@ from diffboost.data.slices import write_image, write_label
 from diffboost.data.transforms import LoadSliced
 from diffboost.segmentation.arms import CLASSICAL_ARMS
 from diffboost.segmentation.augmentations import augmentation
+from diffboost.segmentation.merging import PickVariantd
 from diffboost.segmentation.spatial import RandWarpd
 
 SIZE = 40
@@ -290,6 +291,19 @@ def test_variant_and_slice_share_the_spatial_draw(tmp_path, arm):
         assert overlap(dark, label > 0) > 0.9
         means.add(round(float(variant[label == 0].mean()), 2))
     assert len(means) >= 2  # both variants were met
+
+
+@pytest.mark.parametrize("arm", [*ACTING, "deepstack"])
+def test_variant_and_slice_share_the_intensity_draw(arm):
+    """MONAI's low resolution drew a zoom for each."""
+    transform = augmentation(f"diffboost+{arm}", 0.6, 16)
+    steps = [step for step in transform.transforms if not isinstance(step, PickVariantd)]
+    image = torch.rand(1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for seed in range(60):
+        sample = {"image": image, "synthetic": image, "case": "a", "variants": []}
+        sample |= {"label": torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)}
+        found = Compose(steps).set_random_state(seed)(sample)
+        assert torch.equal(found["image"], found["synthetic"])
 
 
 @pytest.mark.parametrize("arm", [*ACTING, "diffboost", "diffboost+nnunet"])
