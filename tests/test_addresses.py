@@ -115,6 +115,11 @@ def test_address_seed_is_stable_and_separates_parts():
     assert 0 <= address_seed("case", 5) < 2**32
 
 
+def test_a_batch_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="batch_size: 0; at least 1"):
+        AddressedSampler(range(8), batch_size=0)
+
+
 def test_empty_data_is_refused():
     with pytest.raises(ValueError, match="data: the list of samples is empty"):
         AddressedDataset([], Compose([]))

@@ -106,7 +106,7 @@ class AddressedSampler(Sampler[tuple[int, int]]):
         drop_last: leave out the samples of a last step that would not be full.
 
     Raises:
-        ValueError: ``drop_last`` would leave no step.
+        ValueError: ``batch_size`` is below 1, or ``drop_last`` would leave no step.
 
     Source: engineering choice (design, "Randomness").
     """
@@ -126,6 +126,8 @@ class AddressedSampler(Sampler[tuple[int, int]]):
         self.drop_last = drop_last
         self.epoch = 0
         self.steps_done = 0
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size}; at least 1 is needed")
         self.rank, self.num_processes = process_rank_and_count()
         if len(self) == 0:
             raise ValueError(
