@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import Resize
 from PIL import Image
 
+from diffboost.conditions.edges import EdgeDetector
 from diffboost.data.slices import INDEX_COLUMNS, read_store, slice_items
 from diffboost.data.transforms import LoadSliced, SmoothSlicesd
 from diffboost.files import sha256_of_files
@@ -31,6 +32,23 @@ def _prepare(root: Path, task: dict, store: str = "store", **knobs) -> Path:
 def _bytes(store_dir: Path) -> dict[str, bytes]:
     files = sorted(path for path in store_dir.rglob("*.png") if "contact" not in path.name)
     return {str(path.relative_to(store_dir)): path.read_bytes() for path in files}
+
+
+def test_a_store_of_other_edge_weights_is_another_store(tmp_path, monkeypatch):
+    """It was taken for the one that was asked for."""
+    root = raw_data.write_decathlon(tmp_path / "raw")
+
+    def load(name, weights=None, size_px=None, device="cpu"):
+        detect = lambda images: torch.full_like(images, float(weights))  # noqa: E731
+        return EdgeDetector(name, detect, 64, f"hash of {weights}", device)
+
+    monkeypatch.setattr("diffboost.prepare.load_edge_detector", load)
+    settings = (root, tmp_path / "store", "hippocampus_mri", 32, "controlnet-hed")
+    known = {"group_duplicates": False, "num_folds": 1}
+    prepare(*settings, edge_weights="0.1", **known)
+    assert prepare(*settings, edge_weights="0.1", **known) == prepare(*settings, **known)
+    with pytest.raises(FileExistsError, match=r"made by weights of hash hash of 0.1, .* 0.9 has"):
+        prepare(*settings, edge_weights="0.9", **known)
 
 
 def test_volumes_become_a_store(tmp_path):

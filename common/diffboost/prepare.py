@@ -14,6 +14,7 @@ from diffboost.data.documents import read_json
 from diffboost.data.downloads import decathlon_folder, decathlon_places
 from diffboost.data.phantoms import write_decathlon_task, write_radimagenet_tree
 from diffboost.data.pseudonyms import hide_names, home_of, pseudonym, read_key
+from diffboost.data.slices import read_store
 from diffboost.data.sources import Case, read_source
 from diffboost.data.splits import assign_folds
 from diffboost.data.tasks import PHANTOM_LAYOUTS, PHANTOMS, change_task, read_task
@@ -147,7 +148,9 @@ def prepare(
                 _find_source(dataset_dir, task, store_dir, download)
             )
         key = None if pseudonym_key is None else read_key(pseudonym_key, store_dir)
-        if not in_place(store_dir, _shown(wanted, key)):
+        if in_place(store_dir, _shown(wanted, key)):
+            _refuse_other_weights(store_dir, wanted, edge_weights)
+        else:
             _check_source(store_dir, wanted)
             if in_tree:
                 _write_tree(store_dir, wanted, (edge_weights, device), limits)
@@ -190,6 +193,20 @@ def _check_source(store_dir: Path, wanted: Mapping) -> None:
         raise FileNotFoundError(f"dataset_dir: no such folder: {root}")
     if wanted["task"]["layout"] != "radimagenet":
         read_source(root, wanted["task"])
+
+
+def _refuse_other_weights(store_dir: Path, wanted: Mapping, weights: str | Path | None) -> None:
+    """Raises FileExistsError where a finished store's edges were made by other weights."""
+    if weights is None:  # whatever the cache or the hub has: the store is not made anew for it
+        return
+    choice, made_by = wanted["preprocessing"], read_store(store_dir).header["preprocessing"]
+    found = load_edge_detector(choice["edges"], weights, choice["hed_size_px"]).weights_sha256
+    if found != made_by["edge_weights_sha256"]:
+        raise FileExistsError(
+            f"store_dir: {store_dir} holds another store: its edges were made by weights of hash "
+            f"{made_by['edge_weights_sha256'][:12]}, edge_weights {weights} has {found[:12]}; "
+            "choose a new folder"
+        )
 
 
 def _load_detector(wanted: Mapping, weights: str | Path | None, device) -> EdgeDetector:
