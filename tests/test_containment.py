@@ -88,6 +88,24 @@ def test_an_index_cannot_name_files_outside(tmp_path, column, name):
         assert repr(name) in str(caught.value)
 
 
+@pytest.mark.parametrize("case", ["../../escaped", "a/b", "..", "", "C:x", "a\\b"])
+def test_a_case_is_a_part_of_a_files_name(tmp_path, case):
+    """Its prediction was written two folders above the results."""
+    store_dir = small_store.write_store(tmp_path / "store", num_cases=3)
+    synthetic = small_store.write_variants(store_dir, tmp_path / "synthetic")
+    for table in (store_dir / "index.parquet", synthetic / "manifest.parquet"):
+        rows = pd.read_parquet(table)
+        rows.loc[2, "case"] = case
+        rows.to_parquet(table)
+    for read in (
+        lambda: slice_items(store_dir, 0, "all"),
+        lambda: read_store(store_dir).index,
+        lambda: variants_by_slice(synthetic),
+    ):
+        with pytest.raises(ValueError, match=r"parquet: case: .* becomes a part of file names"):
+            read()
+
+
 def test_sources_of_an_index_stay_in_the_source_folder(tmp_path):
     store_dir = small_store.write_store(tmp_path / "store", num_cases=3)
     index = pd.read_parquet(store_dir / "index.parquet")

@@ -104,6 +104,29 @@ def refuse_names(column: pa.Array | pa.ChunkedArray, key: str) -> None:
             raise ValueError(f"{key}: {name!r} {reason}; {ALLOWED}")
 
 
+def refuse_cases(column: pa.Array | pa.ChunkedArray, key: str) -> None:
+    """Refuses a column of cases if one of them cannot be a part of a file's name, which it becomes.
+
+    Args:
+        column: texts.
+        key: file and column, for the message.
+
+    Raises:
+        ValueError: names the first such case.
+
+    Source: engineering choice (issue 5, "Hostile input").
+    """
+    if pa.types.is_dictionary(column.type):
+        column = pc.unique(column.cast(column.type.value_type))
+    for case in pc.filter(
+        column, pc.match_substring_regex(column, r"^\.*$|[/\\:\x00]")
+    ).to_pylist():
+        raise ValueError(
+            f"{key}: {case!r} becomes a part of file names; allowed are names without '/', "
+            "backslashes and colons that are not empty and not only dots"
+        )
+
+
 @lru_cache(maxsize=1 << 14)
 def check_folder(root: str, folder: str, key: str) -> None:
     """Refuses a folder below ``root`` that leads out of it through a link; looked up once.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffboost.data.containment import check_folder, refuse_names
+from diffboost.data.containment import check_folder, refuse_cases, refuse_names
 from diffboost.data.tables import open_table, refuse_empty_cells, with_texts
 
 INDEX_KINDS = {
@@ -46,6 +46,7 @@ class SliceItems(Sequence):
         self.rows = np.asarray(rows)
         _give_back_memory()
         self._table = pa.Table.from_batches(self._read(ITEM_COLUMNS))
+        refuse_cases(self._table["case"], f"{self.store_dir}/index.parquet: case")
         for name in FILE_COLUMNS:
             refuse_names(self._table[name], f"{self.store_dir}/index.parquet: {name}")
         _give_back_memory()

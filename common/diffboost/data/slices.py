@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffboost.data.containment import check_folder, inside, refuse_names
+from diffboost.data.containment import check_folder, inside, refuse_cases, refuse_names
 from diffboost.data.documents import read_json
 from diffboost.data.hashes import check_header, check_source
 from diffboost.data.items import (
@@ -47,6 +47,7 @@ class SliceStore:
         with open_table(self.index_path, "store_dir", INDEX_KINDS, later=later) as file:
             table = with_texts(file.read(use_threads=False), later)
             refuse_empty_cells(table.select(INDEX_KINDS), self.index_path, "store_dir")
+        refuse_cases(table["case"], f"{self.index_path}: case")
         for name in (*FILE_COLUMNS, "source_image", "source_label"):
             names = table[name]
             if name == "source_label":  # several masks are joined
