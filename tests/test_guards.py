@@ -12,7 +12,9 @@ from small_store import source_sha256, write_store, write_variants
 
 from diffboost.audit.checks import Leak
 from diffboost.audit.guards import guard_evaluation, guard_generator, guard_training, refuse_leaks
-from diffboost.data.slices import slice_items
+from diffboost.data.slices import read_store, slice_items
+from diffboost.data.tasks import slicing
+from diffboost.segmentation.training import training_items
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 
@@ -61,6 +63,24 @@ def test_variants_under_another_lineage_than_their_manifest_names_are_refused(st
     lineage.write_text(json.dumps(seen))
     with pytest.raises(ValueError, match="is not the lineage that the manifest names"):
         guard_training(store_dir, 0, *parts(store_dir), synthetic_dir=str(synthetic_dir))
+
+
+def test_variants_of_slices_that_were_cut_in_another_way_are_refused(store_dir, tmp_path):
+    """Coronal ones were merged with axial ones, and those of another channel."""
+    synthetic_dir = write_variants(tmp_path / "store", tmp_path / "synthetic")
+    manifest = pd.read_parquet(synthetic_dir / "manifest.parquet")
+    own = slicing(read_store(store_dir).header["task"])
+    changes = ({}, {"slice_axis": "coronal"}, {"channel": 1}, {"labels": [[2]]})
+    for change in (*changes, {"intensity": ["range", 0, 3]}):
+        cut = json.dumps(own | change)
+        manifest.assign(slicing=cut).to_parquet(synthetic_dir / "manifest.parquet")
+        settings = {"arm": "diffboost", "synthetic_dir": str(synthetic_dir)}
+        if not change:
+            assert training_items(store_dir, fold=0, image_size=32, num_classes=3, **settings)
+            continue
+        (name,) = change
+        with pytest.raises(ValueError, match=f"synthetic_dir: .* are of slices of {name} "):
+            training_items(store_dir, fold=0, image_size=32, num_classes=3, **settings)
 
 
 def test_variants_made_from_test_cases_are_refused_whatever_their_name(store_dir, tmp_path):

@@ -184,6 +184,7 @@ def test_variants_of_a_store_that_has_changed_since_are_refused(folder):
 
 def test_a_variant_of_other_edges_does_not_enter_a_manifest(folder, tmp_path):
     item = {"case": "a", "slice": 0, "variant": 0, "image": "a.png", "label": "l.png"}
+    item |= {"slicing": "{}"}
     item |= {name: FACTS_OF_ONE[name] for name in ("prompt", "phrase", "source_sha256")}
     item |= {"edge": str(tmp_path / "edge.png")}
     facts = {name: FACTS_OF_ONE[name] for name in RUN_FACTS}

@@ -218,6 +218,15 @@ def test_a_released_model_of_pictures_takes_their_percentiles_whole(tmp_path):
     assert _intensity(volumes)["intensity"] == "slice_percentile"
 
 
+def test_gray_values_do_not_depend_on_the_order_of_a_task_files_keys(tmp_path):
+    """They were inverted where the upper limit stood first."""
+    path = tmp_path / write_case(tmp_path, "decathlon", "case", seed=0)[0]
+    for limits in ({"low": 20, "high": 220}, {"high": 220, "low": 20}):
+        task = read_task(VOLUMES | {"intensity": {**limits, "policy": "range"}})
+        seen = case_preprocessing(task, 32, False)({"image": str(path)})["image"]
+        assert float(seen[0, 0, 0].mean()) < -0.8 and float(seen.max()) > 0.5
+
+
 def test_percentiles_of_slices_fill_the_range_of_each(tmp_path):
     path = tmp_path / "case.nii.gz"
     volume = np.random.default_rng(0).uniform(0, 1, (20, 24, 5)) * np.arange(1, 6)

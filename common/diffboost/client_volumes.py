@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffboost.conditions.edges import load_edge_detector
-from diffboost.data.manifest import read_manifest
+from diffboost.data.manifest import read_manifest, refuse_other_slicing
 from diffboost.data.slices import read_store
 from diffboost.data.sources import IMAGE_SUFFIXES, Case, Source, unique_names
 from diffboost.data.tasks import AXCODES, read_task
@@ -47,6 +47,7 @@ class ClientVolumes:
         slice_axcodes: axial RAS, coronal RSA, sagittal ASR.
         intensity: percentile, slice_percentile or range.
         intensity_low, intensity_high: percentiles or values that become -1 and 1.
+        num_variants: use the first so many variants of a slice; None: all.
 
     Source: engineering choice (issue 4, "MONAI Label").
     """
@@ -61,6 +62,7 @@ class ClientVolumes:
     intensity: str
     intensity_low: float
     intensity_high: float
+    num_variants: int | None = None
 
     def task(self, layout: str) -> dict:
         """The task of such volumes (layout decathlon) or pictures (pairs).
@@ -129,7 +131,8 @@ class ClientVolumes:
         Empty where ``synthetic_dir`` is not there or has none of them; the log says so.
 
         Raises:
-            ValueError: they have another size than the slices, or do not say what they are of.
+            ValueError: they have another size than the slices, were cut from the volumes in another
+                way, or do not say what they are of.
         """
         if self.synthetic_dir is None or not Path(self.synthetic_dir).is_dir():
             logger.info("client_synthetic_dir: %s is not there", self.synthetic_dir)
@@ -147,8 +150,14 @@ class ClientVolumes:
                 f"client_synthetic_dir: {self.synthetic_dir} has variants of {sizes} px, the model "
                 f"sees slices of image_size {self.image_size}"
             )
-        cases = {sha256: case for case, sha256 in read_store(store_dir).source_sha256().items()}
+        store, key = read_store(store_dir), f"client_synthetic_dir: {self.synthetic_dir}"
+        refuse_other_slicing(
+            manifest, store.header["task"], key, but="labels"
+        )  # class numbers here
+        cases = {sha256: case for case, sha256 in store.source_sha256().items()}
         manifest = manifest[manifest["source_sha256"].isin(cases) & manifest["kept"]]
+        if self.num_variants is not None:
+            manifest = manifest[manifest["variant"] < self.num_variants]
         manifest = manifest.sort_values(["source_sha256", "slice", "variant"])
         root = Path(self.synthetic_dir).resolve()
         return {

@@ -1,12 +1,14 @@
 """The manifest of a synthetic store, read: a row a variant."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from diffboost.data.containment import check_folder, refuse_names
+from diffboost.data.containment import check_folder, refuse_cases, refuse_names
 from diffboost.data.tables import read_table, to_frame
+from diffboost.data.tasks import slicing
 
 KINDS = {
     **dict.fromkeys(("image", "case", "source_image", "edge", "label", "lineage_sha256"), "text"),
@@ -45,8 +47,36 @@ def read_manifest(synthetic_dir: str | Path, columns: Sequence[str] | None = Non
     table = read_table(path, "synthetic_dir", kinds, others=columns is None)
     if not len(table):
         raise ValueError(f"synthetic_dir: {path} has no row")
+    if "case" in kinds:
+        refuse_cases(table["case"], f"{path}: case")
     if "image" in kinds:
         refuse_names(table["image"], f"{path}: image")
         for folder in {name.rpartition("/")[0] for name in table["image"].to_pylist()}:
             check_folder(str(root), folder, f"{path}: image")
     return to_frame(table)
+
+
+def refuse_other_slicing(manifest: pd.DataFrame, task: Mapping, key: str, but: str = "") -> None:
+    """Refuses variants of slices that were cut from the same files in another way.
+
+    Args:
+        manifest: as ``read_manifest`` gives it; its column slicing, which stores before 0.9.0 lack,
+            is what is compared.
+        task: of the slices that the variants are for.
+        key: what names the synthetic store, for the message.
+        but: a key of ``slicing`` that may differ.
+
+    Raises:
+        ValueError: names what differs.
+
+    Source: engineering choice (issue 5, "Nothing leaked").
+    """
+    own = slicing(task)
+    for text in manifest["slicing"].unique() if "slicing" in manifest else ():
+        found = json.loads(text)
+        for name in sorted({*own, *found} - {but}):
+            if own.get(name) != found.get(name):
+                raise ValueError(
+                    f"{key}: its variants are of slices of {name} {found.get(name)}, those of this "
+                    f"training are of {name} {own.get(name)}, though the files are the same"
+                )

@@ -48,6 +48,28 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in TASKS_DIR.glob("*.yaml"))
 
 
+def slicing(task: Mapping) -> dict:
+    """What of a task decides which slices are cut from a file, their gray values and classes.
+
+    Args:
+        task: what ``read_task`` gives.
+
+    Returns:
+        intensity [percentile or range, low, high] and labels (the source values of each class); of
+        volumes also channel, slice_axis and, for percentiles, intensity_per.
+
+    Source: engineering choice.
+    """
+    policy = task["intensity"]["policy"]
+    kind = policy if policy == "percentile" else "range"
+    limits = [task["intensity"][key] for key in INTENSITY_KEYS[policy]]
+    found = {"intensity": [kind, *limits], "labels": list(task["labels"].values())}
+    if task["layout"] in VOLUMES:
+        per = {"intensity_per": task["intensity_per"]} if kind == "percentile" else {}
+        found |= {"channel": task["channel"], "slice_axis": task["slice_axis"], **per}
+    return found
+
+
 def read_task(task: str | Path | Mapping) -> dict:
     """Reads a task, fills in the defaults and checks every key.
 

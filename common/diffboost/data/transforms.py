@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 
 from diffboost.data.images import read_levels
 from diffboost.data.memory import PictureMemory
-from diffboost.data.tasks import AXCODES, VOLUMES
+from diffboost.data.tasks import AXCODES, INTENSITY_KEYS, VOLUMES
 from diffboost.data.volume_reader import LoadVolumesd
 
 AXIS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -255,7 +255,7 @@ def intensity_step(preprocessing: Compose) -> int:
 
 def _intensity(intensity: Mapping, per_slice: bool) -> Transform:
     """The task's intensity policy as a transform of ``image`` to [-1, 1], clipped."""
-    low, high = (value for key, value in intensity.items() if key != "policy")
+    low, high = (intensity[key] for key in INTENSITY_KEYS[intensity["policy"]])
     target = {"b_min": -1, "b_max": 1, "clip": True}
     if intensity["policy"] != "percentile":
         return ScaleIntensityRanged("image", low, high, **target)

@@ -1,5 +1,6 @@
 """Synthesis: variants to make of training slices and phrases, and their conditions."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from monai.transforms import Transform
 
 from diffboost.conditions.prompts import augmentation_phrase
 from diffboost.data.slices import read_store, slice_items
+from diffboost.data.tasks import slicing
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files
 from diffboost.generation.backbones import backbone_sha256, load_config
@@ -145,7 +147,9 @@ def variant_items(
 
 
 def with_source_hashes(store_dir: str, slices: Iterable[dict]) -> list[dict]:
-    """Items of slices, each with the hash of its case's files under ``source_sha256``.
+    """Items of slices, with the hash of the case's files and how slices were cut from these.
+
+    The keys are ``source_sha256`` and ``slicing``, see :func:`diffboost.data.tasks.slicing`.
 
     Args:
         store_dir: the slice store.
@@ -153,8 +157,9 @@ def with_source_hashes(store_dir: str, slices: Iterable[dict]) -> list[dict]:
 
     Source: engineering choice (issue 5, "Provenance").
     """
-    hashes = read_store(store_dir).source_sha256()
-    return [{**item, "source_sha256": hashes[item["case"]]} for item in slices]
+    store = read_store(store_dir)
+    hashes, cut = store.source_sha256(), json.dumps(slicing(store.header["task"]))
+    return [{**item, "source_sha256": hashes[item["case"]], "slicing": cut} for item in slices]
 
 
 class VariantConditions(Transform):

@@ -222,7 +222,7 @@ def write_manifest(output_dir: str, data: Sequence[dict], facts: Mapping[str, ob
         rows.append(
             {
                 "image": _file_of(item),
-                **{name: item[name] for name in ("case", "slice", "variant")},
+                **{name: item[name] for name in ("case", "slice", "variant", "slicing")},
                 "source_image": item["image"],
                 **{name: _told_path(output_dir, item[name]) for name in ("edge", "label")},
                 **{name: told[name] for name in ("prompt", "phrase")},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from monai.engines import PrepareBatchDefault, PrepareBatchExtraInput
 from monai.engines.utils import PrepareBatch
 
-from diffboost.data.manifest import read_manifest
+from diffboost.data.manifest import read_manifest, refuse_other_slicing
 from diffboost.data.slices import read_store, slice_items
 from diffboost.knobs import nearest
 from diffboost.segmentation.arms import SYNTHETIC_ARM, split_arm
@@ -105,10 +105,14 @@ def with_labels(variants: list[str]) -> dict:
 
 
 def _refuse_other_sources(items: Sequence[dict], store_dir: str, synthetic_dir: str) -> None:
-    """Raises ValueError for variants of another scan or label that has a training case's name."""
-    rows = read_manifest(synthetic_dir, ["case", "source_sha256"])
+    """Raises ValueError for variants of another scan or label that has a training case's name.
+
+    Or of the same ones, if their slices were cut in another way.
+    """
+    rows, store = read_manifest(synthetic_dir), read_store(store_dir)
+    refuse_other_slicing(rows, store.header["task"], f"synthetic_dir: {synthetic_dir}")
     rows = rows[rows["case"].isin({item["case"] for item in items})]
-    own = rows["case"].map(read_store(store_dir).source_sha256())
+    own = rows["case"].map(store.source_sha256())
     wrong = rows[rows["source_sha256"] != own]
     if len(wrong):
         case, sha256 = wrong.iloc[0]
