@@ -1,5 +1,6 @@
 """The generator's networks: a UNet with a ControlNet branch, and the grayscale autoencoder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +16,19 @@ from diffboost.generation.monai_part import MonaiPart
 from diffboost.generation.single_file import fill_branch, key_groups
 from diffboost.generation.upsampling import fold_upsampling
 from diffboost.precision import autocast_dtype
+
+
+def _refuse_other_unet(
+    before: Mapping[str, torch.Tensor], unet: nn.Module, weights: str, backbone: str
+) -> None:
+    """Raises ValueError where weights changed a UNet by more than half precision does."""
+    for name, value in unet.state_dict().items():
+        if not torch.allclose(before[name].float(), value.float(), rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"weights: {weights} holds another UNet than that of backbone: {backbone!r} "
+                f"({name} differs), and train_base: false would leave it out of model.pt; give "
+                "train_base true, or as backbone what export.yaml makes of these weights"
+            )
 
 
 class ControlledUNet(nn.Module):
@@ -37,7 +51,9 @@ class ControlledUNet(nn.Module):
 
     Raises:
         FileNotFoundError: ``weights`` is no file.
-        ValueError: ``weights`` is of unknown layout or does not fit, or precision is unknown.
+        ValueError: ``weights`` is of unknown layout or does not fit, holds another UNet than the
+            backbone's though ``train_base`` is false (it would not be in model.pt, and sampling
+            would take the backbone's), or precision is unknown.
 
     Source: paper Sec. 3.1, Fig. 1.
     """
@@ -58,7 +74,10 @@ class ControlledUNet(nn.Module):
         else:
             self.controlnet = new_branch(backbone, unet)
         if weights is not None:
+            before = None if train_base else {k: v.half() for k, v in unet.state_dict().items()}
             self._load(unet, Path(weights))
+            if before is not None:
+                _refuse_other_unet(before, unet, weights, backbone)
         fold_upsampling(unet, frozen=not train_base)
         self.controlnet.requires_grad_(True)
         if gradient_checkpointing:
