@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -16,9 +17,10 @@ from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
 from safetensors.torch import save_file
 from small_store import write_store
 
-from diffboost.generation.backbones import backbone_sha256, load_config, load_part
-from diffboost.generation.creation import write_backbone
+from diffboost.generation.backbones import SD15_DIR, backbone_sha256, load_config, load_part
+from diffboost.generation.creation import write_backbone, write_part
 from diffboost.generation.networks import ControlledUNet
+from diffboost.generation.schedulers import load_scheduler
 from diffboost.generation.text import embed_prompts
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -160,6 +162,24 @@ def test_latent_diffusion_file_gets_a_new_branch_from_its_encoder(parts, files):
         given = inputs(parts)
         plain = parts["unet"](given["image"], given["timesteps"], given["context"]).sample
         assert (network(**given) - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "unipc", "euler"])
+def test_a_backbone_is_sampled_at_the_same_timesteps_in_every_layout(tmp_path, sampler):
+    """As a single file its schedule's defaults passed for its own choices."""
+    folder, single = tmp_path / "folder", tmp_path / "single" / "model.safetensors"
+    shutil.copytree(SD15_DIR / "scheduler", single.parent / "scheduler")
+    shutil.copytree(SD15_DIR / "scheduler", folder / "scheduler")
+    config = folder / "scheduler" / "config.json"
+    config.rename(folder / "scheduler" / "scheduler_config.json")
+    single.touch()
+    write_part(load_part(str(folder), "scheduler"), tmp_path / "again" / "scheduler")
+    found = []
+    for backbone in (str(folder), str(tmp_path / "again"), str(single)):
+        scheduler = load_scheduler(backbone, sampler)
+        scheduler.set_timesteps(5)
+        found.append(scheduler.timesteps.tolist())
+    assert found[0] == found[1] == found[2] and len(found[0]) == 5
 
 
 def test_single_file_becomes_a_folder(files, tmp_path):

@@ -7,7 +7,13 @@ import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -190,6 +196,7 @@ def _noise_schedule() -> DDPMScheduler:
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
+        timestep_spacing="leading",  # chosen: samplers have others where a backbone leaves it open
     )
 
 
@@ -255,7 +262,11 @@ def write_part(part: object, folder: Path, left_out: tuple[str, ...] = ("_name_o
     Source: engineering choice.
     """
     part.save_pretrained(folder)
-    config = folder / "config.json"
+    if isinstance(part, SchedulerMixin):  # saved, defaults would pass for choices of the backbone
+        config = folder / part.config_name
+        left_out = (*left_out, *part.config.get("_use_default_values", ()))
+    else:
+        config = folder / "config.json"
     if config.is_file():
         content = read_json(config, "backbone")
         content = {key: value for key, value in content.items() if key not in left_out}

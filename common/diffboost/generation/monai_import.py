@@ -13,6 +13,7 @@ from diffboost.generation.creation import write_backbone
 from diffboost.generation.monai_checkpoints import load_checkpoint, read_checkpoint
 from diffboost.generation.monai_networks import MONAI_PARTS
 from diffboost.generation.monai_part import MonaiPart
+from diffboost.generation.objective import PREDICTIONS
 from diffboost.knobs import nearest
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ SCHEDULE_DEFAULTS = {
     "num_train_timesteps": 1000, "schedule": "linear_beta", "beta_start": 1e-4, "beta_end": 2e-2,
     "prediction_type": "epsilon",
 }  # fmt: skip
-PREDICTIONS = ("epsilon", "v_prediction")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 
 
@@ -200,6 +200,7 @@ def noise_schedule(definition: Mapping) -> DDPMScheduler:
         beta_schedule=SCHEDULES[whole["schedule"]],
         prediction_type=whole["prediction_type"],
         clip_sample=False,
+        timestep_spacing="leading",  # MONAI's own
     )
 
 

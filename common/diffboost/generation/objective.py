@@ -16,6 +16,7 @@ from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.knobs import nearest
 
 OBJECTIVES = ("noise", "flow")
+PREDICTIONS = ("epsilon", "v_prediction")  # prediction_type of a backbone's scheduler
 
 
 def standard_normal(random_state, shape: tuple[int, ...]) -> torch.Tensor:
@@ -92,6 +93,25 @@ class DrawDiffusionTargetsd(RandomizableTransform):
         return {"posterior": DiagonalGaussianDistribution(moments), "edge": edge}
 
 
+def refuse_other_prediction(backbone: str, prediction_type: str) -> None:
+    """Refuses a backbone whose UNet predicts neither the noise nor the velocity.
+
+    Args:
+        backbone: for the message.
+        prediction_type: of its scheduler's configuration.
+
+    Raises:
+        ValueError: it is another one, such as diffusers' ``sample``.
+
+    Source: engineering choice.
+    """
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(
+            f"backbone: {backbone}: prediction_type {prediction_type!r} of its scheduler is not "
+            f"trained here; allowed: {', '.join(PREDICTIONS)}"
+        )
+
+
 class ControlPrepareBatch(PrepareBatch):
     """Noisy latent in, the drawn noise as target; timestep, prompt and edge go to the network.
 
@@ -104,7 +124,8 @@ class ControlPrepareBatch(PrepareBatch):
             network is told 1000 times the time.
 
     Raises:
-        ValueError: ``objective`` is unknown.
+        ValueError: ``objective`` is unknown, or the backbone's scheduler predicts what is not
+            trained here.
 
     Source: paper Eq. 3 and 11; flow: Liu et al. 2022, times as in MONAI's RFlowScheduler, but
         (0, 1] for [0, 1): sampling begins at 1 and never asks at 0.
@@ -116,6 +137,8 @@ class ControlPrepareBatch(PrepareBatch):
         self.objective = objective
         self.backbone = backbone
         self.scheduler: DDPMScheduler = load_part(backbone, "scheduler")
+        if objective == "noise":
+            refuse_other_prediction(backbone, self.scheduler.config.prediction_type)
         self.autoencoder: GrayscaleAutoencoder | None = None
 
     def __call__(self, batchdata, device=None, non_blocking=False, **kwargs):
