@@ -58,6 +58,16 @@ def test_training_ends_with_a_folder_that_diffusers_reads(folder):
     assert list(log.epoch) == [1, 2] and log.train_loss[1] < log.train_loss[0]
 
 
+def test_all_that_is_trained_has_a_gradient(folder):
+    """DDP stopped at the second step, waiting for those of an encoder that is never used."""
+    network = create_tiny_decoder(str(folder / "backbone"), 8, [1, 1, 0])
+    network(torch.zeros(1, 4, 8, 8)).sum().backward()
+    trained = {name for name, weight in network.named_parameters() if weight.requires_grad}
+    assert trained == {
+        name for name, weight in network.named_parameters() if weight.grad is not None
+    }
+
+
 def test_training_gives_the_same_bytes_again_with_and_without_memory(folder):
     train(folder, "again", cache=False, num_workers=1)
     first, second = (folder / name / "model.pt" for name in ("trained", "again"))

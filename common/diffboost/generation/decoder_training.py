@@ -60,6 +60,7 @@ def create_tiny_decoder(
             encoder_block_out_channels=(1,) * levels,  # never used, but of the class
             num_encoder_blocks=(0,) * levels,
         )
+    autoencoder.encoder.requires_grad_(False)  # DDP would wait for its gradients
     return TinyDecoder(autoencoder)
 
 
