@@ -1,6 +1,8 @@
 """The generator: state that is trained, targets in closed form, caches, sampling."""
 
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -90,6 +92,33 @@ def test_weights_round_trip_and_misfit_is_named(backbone, tmp_path):
         ControlledUNet(backbone, weights=str(path))
     with pytest.raises(FileNotFoundError, match="weights: .* is no file"):
         ControlledUNet(backbone, weights=str(tmp_path / "none.pt"))
+
+
+def test_weights_with_another_unet_need_train_base(backbone, tmp_path):
+    """The branch was trained on that UNet, and variants were drawn by the backbone's."""
+    network = ControlledUNet(backbone, train_base=True)
+    path = tmp_path / "model.pt"
+    torch.save(network.state_dict(), path)
+    assert not ControlledUNet(backbone, weights=str(path)).base.training
+    with torch.no_grad():
+        for parameter in network.unet.parameters():
+            parameter.mul_(1.05)
+    torch.save(network.state_dict(), path)
+    ControlledUNet(backbone, train_base=True, weights=str(path))
+    with pytest.raises(ValueError, match="weights: .* holds another UNet than .* train_base true"):
+        ControlledUNet(backbone, weights=str(path))
+
+
+def test_a_backbone_that_predicts_the_sample_is_refused(backbone, tmp_path):
+    """It was trained on the noise, and its output read as the sample."""
+    other = shutil.copytree(backbone, tmp_path / "other")
+    path = other / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"prediction_type": "sample"}))
+    message = "backbone: .*other: prediction_type 'sample' .* allowed: epsilon, v_prediction"
+    with pytest.raises(ValueError, match=message):
+        ControlPrepareBatch(str(other))
+    ControlPrepareBatch(str(other), objective="flow")  # has a target of its own
 
 
 def test_unknown_backbone_says_what_is_allowed(tmp_path):
@@ -283,6 +312,12 @@ def test_sampling_values_out_of_range_are_named(backbone):
         VariantInferer(backbone, num_inference_steps=0)
     with pytest.raises(ValueError, match="guidance_scale: 0.5"):
         VariantInferer(backbone, guidance_scale=0.5)
+    narrow = {"num_inference_steps": 5, "guidance_scale": 9.0}
+    with pytest.raises(ValueError, match=r"guidance_interval: \[0.25, 0.35\] holds none of"):
+        VariantInferer(backbone, guidance_interval=(0.25, 0.35), **narrow)
+    with pytest.raises(ValueError, match=r"control_interval: \[0.9, 1.0\] holds none of"):
+        VariantInferer(backbone, control_interval=(0.9, 1.0))
+    VariantInferer(backbone, guidance_interval=(0.25, 0.35))  # no guidance, so no matter
 
 
 def test_prompt_mix_is_linear():
@@ -291,6 +326,8 @@ def test_prompt_mix_is_linear():
     torch.testing.assert_close(mixed, torch.ones(2, 3))
     with pytest.raises(ValueError, match="phrases"):
         mix_embeddings(parts, {"phrases": 1.0})
+    with pytest.raises(ValueError, match="prompt_weights: {'prompt': 0.0}; one of them"):
+        mix_embeddings(parts, {"prompt": 0.0})
 
 
 def test_noise_has_an_address_of_its_own():

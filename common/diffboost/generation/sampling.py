@@ -132,8 +132,8 @@ class VariantInferer(Inferer):
             float32.
 
     Raises:
-        ValueError: a number is out of its range, the precision is unknown, or the decoder does not
-            fit the backbone.
+        ValueError: a number is out of its range, an interval holds no step, the precision is
+            unknown, or the decoder does not fit the backbone.
 
     Source: paper Sec. 3.1 and 3.4; values in facts 18; guidance interval Kynkäänniemi et al. 2024.
     """
@@ -164,6 +164,14 @@ class VariantInferer(Inferer):
         self.guidance_interval = check_interval("guidance_interval", guidance_interval)
         self.control_scale = control_scale
         self.control_interval = check_interval("control_interval", control_interval)
+        acting = {"guidance_interval": guidance_scale > 1, "control_interval": control_scale != 0}
+        for name, acts in acting.items():
+            interval = getattr(self, name)
+            if acts and not any(steps_inside(interval, num_inference_steps)):
+                raise ValueError(
+                    f"{name}: {list(interval)} holds none of num_inference_steps: "
+                    f"{num_inference_steps} steps, which begin at 0, 1/{num_inference_steps}, …"
+                )
         self.run_network = AutocastInferer(precision=precision)
 
     def __call__(

@@ -71,11 +71,13 @@ def mix_embeddings(parts: Mapping[str, torch.Tensor], weights: Mapping[str, floa
         weights: name to weight; a name without embedding is an error, weight 0 leaves one out.
 
     Raises:
-        ValueError: a weight names no part.
+        ValueError: a weight names no part, or all are 0.
 
     Source: released code, ``segmentation_sample.py`` (0.045 prompt, 0.005 phrase, 0.95 style).
     """
     unknown = sorted(set(weights) - set(parts))
     if unknown:
         raise ValueError(f"prompt_weights: {unknown} not known; allowed are {sorted(parts)}")
+    if not any(weights.values()):
+        raise ValueError(f"prompt_weights: {dict(weights)}; one of them at least must not be 0")
     return sum(weight * parts[name] for name, weight in weights.items() if weight != 0)
