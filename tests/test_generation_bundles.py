@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import small_backbone
 import torch
+import yaml
 from monai.bundle import run
 from PIL import Image
 
@@ -17,6 +18,7 @@ from diffboost.audit.fidelity import correlation
 from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
 from diffboost.data.slices import read_store
 from diffboost.generation.lineage import read_lineage
+from diffboost.package import package
 from diffboost.prepare import prepare
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
@@ -221,6 +223,53 @@ def test_generator_of_another_fold_is_refused(folder, generator):
     with refused("fold: 1, but the generator .* fold 0"):
         synthesize(folder, generator, "leak", fold=1)
     assert not (folder / "leak").exists()
+
+
+def evaluate(folder: Path, generator: Path, **knobs) -> dict:
+    """Loss of a generator on the inner validation slices."""
+    settings = {"store_dir": str(folder / "store"), "backbone": str(folder / "backbone")}
+    settings |= {"output_dir": str(generator), "image_size": 32, "batch_size": 4, "device": "cpu"}
+    bundle_run(FINETUNE, ["train", "evaluate"], **(settings | knobs))
+    return json.loads((generator / "validation.json").read_text())
+
+
+def test_a_generator_is_judged_on_its_own_backbone_and_objective(folder, generator):
+    """Another one gave a loss that looked as good."""
+    found = evaluate(folder, generator)
+    assert found["precision"] == "float32"
+    assert found["backbone_sha256"] == read_lineage(generator / "lineage.json")["backbone_sha256"]
+    other = small_backbone.write_backbone(folder / "other_backbone", 0.03, seed=1)
+    with refused("was trained on backbone .*not on backbone: .*other_backbone"):
+        evaluate(folder, generator, backbone=other)
+    with refused("objective: 'flow', but .* predicts 'noise'"):
+        evaluate(folder, generator, objective="flow")
+
+
+def test_drawings_of_images_that_changed_are_another_run(folder, generator, tmp_path):
+    """Old drawings stayed beside the edges of the new images."""
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 40, 40), dtype=np.uint8)
+    for name, image in zip("ab", pixels, strict=True):
+        Image.fromarray(image).save(tmp_path / "images" / f"{name}.png")
+    settings = {"dataset_dir": str(tmp_path / "images"), "output_dir": str(tmp_path / "drawings")}
+    settings |= {"backbone": str(folder / "backbone"), "generator_dir": str(generator)}
+    settings |= {"image_size": 32, "edges": "gradient", "num_inference_steps": 1, "device": "cpu"}
+    bundle_run(FINETUNE, ["inference"], **settings)
+    assert len(list((tmp_path / "drawings" / "images").iterdir())) == 2
+    bundle_run(FINETUNE, ["inference"], **settings)  # the same once more
+    Image.fromarray(pixels[0]).save(tmp_path / "images" / "b.png")
+    with refused(r"holds another run \(images_sha256"):
+        bundle_run(FINETUNE, ["inference"], **settings)
+
+
+def test_the_release_of_a_generator_draws_from_the_edges_of_its_training(folder, tmp_path):
+    """It had the bundle's own, whatever the store had."""
+    run_dir = finetune(folder, "released", backbone="tiny", epochs=1)
+    terms = tmp_path / "terms.txt"
+    terms.write_text("ours alone\n")
+    made = package(str(FINETUNE), str(tmp_path / "dist"), str(run_dir), str(terms))
+    config = yaml.safe_load((made / "configs" / "inference.yaml").read_text())
+    assert (config["edges"], config["hed_size_px"]) == ("gradient", None)
 
 
 def test_missing_generator_says_who_writes_it(folder):

@@ -131,7 +131,8 @@ def load_edge_detector_of(
     """Loads the detector that a slice store was prepared with.
 
     Args:
-        preprocessing: what the store's dataset.json says: edges, hed_size_px, edge_weights_sha256.
+        preprocessing: what the store's dataset.json says: edges, hed_size_px and, if it was
+            written by prepare, edge_weights_sha256.
         weights: see ``load_edge_detector``.
         device: where to compute.
 
@@ -144,11 +145,11 @@ def load_edge_detector_of(
     detector = load_edge_detector(
         preprocessing["edges"], weights, preprocessing["hed_size_px"], device
     )
-    if detector.weights_sha256 != preprocessing["edge_weights_sha256"]:
+    made_by = preprocessing.get("edge_weights_sha256", detector.weights_sha256)
+    if detector.weights_sha256 != made_by:
         raise ValueError(
             f"edge_weights: {weights or 'those of the cache'}: their hash is "
-            f"{detector.weights_sha256}; the store's edges were made by "
-            f"{preprocessing['edge_weights_sha256']}"
+            f"{detector.weights_sha256}; the store's edges were made by {made_by}"
         )
     return detector
 

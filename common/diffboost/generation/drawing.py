@@ -1,6 +1,7 @@
 """Drawing: what a generator makes of the edges of each image in a folder, without a slice store."""
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,20 @@ from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files, write_aside
 
 
+def hash_images(dataset_dir: str, task: str) -> str:
+    """One hash of all images that ``drawing_items`` would draw the edges of, names included.
+
+    Args:
+        dataset_dir, task: see :func:`drawing_items`.
+
+    Source: engineering choice (design, "Failure": a run of other inputs is another run).
+    """
+    root = Path(dataset_dir)
+    paths = _image_paths(root, read_task(task))
+    names = "".join(f"{path.relative_to(root).as_posix()}\n" for path in paths)
+    return hashlib.sha256(names.encode() + sha256_of_files(paths).encode()).hexdigest()
+
+
 def drawing_items(
     dataset_dir: str,
     output_dir: str,
@@ -23,6 +38,7 @@ def drawing_items(
     seed: int,
     edges: str = "hed-bsds500",
     edge_weights: str | None = None,
+    hed_size_px: int | None = None,
     device: str | torch.device = "cpu",
 ) -> list[dict]:
     """One item an image of a folder, in the form of synthesis' items; writes the images' edges.
@@ -35,7 +51,7 @@ def drawing_items(
         image_size: side to which the images are resized, in pixels.
         seed: with the image's name the address of its noise.
         edges: see :func:`diffboost.conditions.edges.load_edge_detector`.
-        edge_weights: the same.
+        edge_weights, hed_size_px: the same (there ``weights`` and ``size_px``).
         device: where edges are found.
 
     Raises:
@@ -45,10 +61,8 @@ def drawing_items(
     Source: engineering choice.
     """
     root, task = Path(dataset_dir), read_task(task)
-    paths = sorted(root.glob("**/*.png" if task["layout"] == "radimagenet" else "*.png"))
-    if not paths:
-        raise FileNotFoundError(f"dataset_dir: {root} holds no .png images to draw the edges of")
-    detect = load_edge_detector(edges, edge_weights, None, device)
+    paths = _image_paths(root, task)
+    detect = load_edge_detector(edges, edge_weights, hed_size_px, device)
     load = LoadSliced(["image"], image_size=image_size)
     items = []
     for path, prompt, name in zip(paths, _prompts(paths, root, task), _names(paths), strict=True):
@@ -59,6 +73,13 @@ def drawing_items(
         files = {"image": str(path), "edge": str(edge), "source_sha256": sha256_of_files([path])}
         items.append({**place, **files, "prompt": prompt, "phrase": ""})
     return items
+
+
+def _image_paths(root: Path, task: dict) -> list[Path]:
+    paths = sorted(root.glob("**/*.png" if task["layout"] == "radimagenet" else "*.png"))
+    if not paths:
+        raise FileNotFoundError(f"dataset_dir: {root} holds no .png images to draw the edges of")
+    return paths
 
 
 def _names(paths: list[Path]) -> Iterator[str]:

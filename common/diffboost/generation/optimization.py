@@ -131,8 +131,9 @@ def build_schedule(
 
     Args:
         optimizer: gets the rates.
-        schedule: one_cycle (5 % warm-up, of two steps at least, then cosine decay to zero) or
-            constant (facts 3).
+        schedule: one_cycle (5 % warm-up, of two steps at least, then cosine decay to zero; as in
+            torch, AdamW's first beta runs against it, from 0.95 to 0.85 and back) or constant
+            (facts 3; the first beta stays).
         learning_rate: the peak, or the constant.
         num_steps: optimizer steps of the whole run.
 

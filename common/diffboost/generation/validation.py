@@ -7,11 +7,43 @@ from pathlib import Path
 from monai.engines import Evaluator
 
 from diffboost.files import sha256_of_files, write_json
+from diffboost.generation.lineage import read_lineage_document
+from diffboost.generation.schedulers import prediction_of
+from diffboost.generation.synthesis import refuse_other_backbone
 from diffboost.processes import is_main_process
 
 RESULT = "validation.json"
 
 logger = logging.getLogger(__name__)
+
+
+def check_generator(model_path: str, backbone: str, objective: str) -> None:
+    """Refuses to judge a generator on another backbone, or by another loss, than it was trained on.
+
+    A branch fits every UNet of the same shape, and a loss of either kind looks like one. Nothing is
+    known of a model without lineage.json beside it, such as a federated round's.
+
+    Args:
+        model_path: the weights that are judged.
+        backbone: that they are to be used with.
+        objective: noise or flow.
+
+    Raises:
+        ValueError: it is another one.
+
+    Source: engineering choice (design, "lineage").
+    """
+    folder = Path(model_path).parent
+    if not (folder / "lineage.json").is_file():
+        logger.info("%s has no lineage.json: its backbone and objective are not compared", folder)
+        return
+    lineage = read_lineage_document(folder / "lineage.json")
+    refuse_other_backbone(lineage, str(folder), backbone)
+    if prediction_of(lineage) != objective:
+        raise ValueError(
+            f"objective: {objective!r}, but {model_path} predicts {prediction_of(lineage)!r}, as "
+            "its lineage.json says"
+        )
 
 
 def write_losses(

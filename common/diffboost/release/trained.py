@@ -93,6 +93,7 @@ def _knobs(release: Path, run: Path, record: dict, store: SliceStore) -> tuple[d
             "would not be in the release; publish it on the hub, and train with its id"
         )
     knobs |= {"backbone": backbone, "train_base": lineage["train_base"], "task": _task(store)}
+    knobs |= {name: header["preprocessing"][name] for name in ("edges", "hed_size_px")}
     if lineage.get("prediction") in SCHEDULERS:
         knobs["scheduler"] = SCHEDULERS[lineage["prediction"]]
     return knobs, None
