@@ -120,6 +120,18 @@ def test_generator_costs_what_a_run_of_it_counts(study, plan):
     assert synthesis.images == len(list((study / "synthetic.partial/images").iterdir()))
 
 
+def test_the_quality_filter_costs_an_edge_map_and_a_pass_a_variant(study, plan, tmp_path):
+    """A plan left it out."""
+    experiment = yaml.safe_load((study / "small.yaml").read_text())
+    experiment["synthesis"] = experiment.get("synthesis", {}) | {"quality_filter": True}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(experiment))
+    stages = plan_study(tmp_path / "small.yaml", runs_dir=study / "runs")[1]
+    (filtered,) = [stage for stage in stages if stage.stage == "synthesize"]
+    plain, tested = plan["synthesize", ""], plan["evaluate", "baseline"]
+    judged = plain.images * (plan["prepare", ""].unit.flops + tested.unit.flops)
+    assert filtered.flops - plain.flops == pytest.approx(judged)
+
+
 @pytest.mark.parametrize("arm", ["baseline", "diffboost"])
 def test_segmenter_costs_what_a_run_of_it_counts(study, plan, arm):
     knobs = {"arm": arm, "num_classes": 2, "output_dir": str(study / arm)}

@@ -196,7 +196,17 @@ class StudyCost:
         passed = -(-number // unit.batch_size) * unit.batch_size  # the last batch is filled up
         measured = min(number, value(parser, "num_measured", 0))
         edges = self._edges(study.edges, study.image_size, study.hed_size_px)
-        return replace(row, flops=passed * unit.flops + measured * edges.flops)
+        flops = passed * unit.flops + measured * edges.flops
+        if plans.synthesis_knobs(study, setting).get("quality_filter"):
+            knobs = plans.segmentation_knobs(study, plans.BASE, "baseline")
+            forward = self._once(
+                ("filter", repr(knobs)),
+                lambda: units.segmenter_inference(
+                    self._segmentation_parser(study.networks[0], knobs)
+                ),
+            )
+            flops += number * (edges.flops + forward.flops)
+        return replace(row, flops=flops)
 
     def _segmentation(self, segmenter: plans.Segmenter) -> Iterator[Stage]:
         """Training and evaluation of one segmenter."""

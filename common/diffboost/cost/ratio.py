@@ -52,7 +52,8 @@ def search_price(
 ) -> Price:
     """What the parts of a search for the ratio cost, in FLOPs.
 
-    What does not grow with the ratio (edge agreement, quality filter) is left out.
+    Edge agreement is left out, and where it is on the quality filter, which judges all variants at
+    every step of the search.
 
     Args:
         synthesis, segmentation: of ``parse``.
