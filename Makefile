@@ -58,7 +58,7 @@ tiny_weights: $(STAMP)  ## pretrain the shipped backbone anew on phantoms (about
 	$(RUN)/train_autoencoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/untrained --output_dir $(WORK)/autoencoder
 	$(RUN)/train.yaml --store_dir $(WORK)/store --backbone $(WORK)/autoencoder/backbone --train_base True --output_dir $(WORK)/generator
 	$(RUN)/export.yaml --backbone $(WORK)/autoencoder/backbone --generator_dir $(WORK)/generator --output_dir $(WORK)/tiny
-	$(RUN)/train_tiny_decoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/tiny --output_dir $(WORK)/tiny_decoder
+	$(RUN)/train_tiny_decoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/tiny --epochs 3 --output_dir $(WORK)/tiny_decoder
 
 segmentation_weights: $(STAMP)  ## train the shipped segmenter anew on phantoms (about 15 minutes on one thread)
 	$(BIN)/python -m monai.bundle run --bundle_root bundles/task_finetune --config_file bundles/task_finetune/configs/prepare.yaml --store_dir $(SEGMENTER)/store --edges gradient --phantoms "{num_training: 32, num_test: 12}" --seed 1

@@ -27,7 +27,7 @@ from diffboost.report import (
     signed,
     write_report,
 )
-from diffboost.results import load_metrics, read_edge_agreement
+from diffboost.results import load_metrics, read_edge_agreement, read_training_logs
 from diffboost.statistics import (
     ablation_points,
     case_values,
@@ -121,6 +121,15 @@ def run_dir(tmp_path_factory):
     (run_dir / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     write_report(run_dir)
     return run_dir
+
+
+def test_the_generator_of_unlabelled_images_has_its_curve(run_dir, tmp_path):
+    shutil.copyfile(run_dir / "experiment.yaml", tmp_path / "experiment.yaml")
+    for place in ("fold0/generator", "fold0/unlabelled/generator", "fold1/generator"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "training_log.csv").write_text("epoch,train_loss\n1,0.5\n")
+    generators = read_training_logs(tmp_path)[0]
+    assert list(generators.fold) == ["fold0", "fold1", "fold0, unlabelled"]
 
 
 def test_a_fold_of_one_case_has_no_part_in_the_agreement_with_other_cases(tmp_path):

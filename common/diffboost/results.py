@@ -202,11 +202,14 @@ def read_ratios(run_dir: Path) -> dict[str, dict]:
 def read_training_logs(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """training_log.csv of every generator (column fold) and segmenter (arm, fold, seed).
 
+    The generator that learned from a fold's unlabelled images first is called "fold0, unlabelled".
+
     Source: engineering choice
     """
     generators = [
-        read_csv(path, "training log").assign(fold=path.parts[-3])
-        for path in sorted(run_dir.glob("fold*/generator/training_log.csv"))
+        read_csv(path, "training log").assign(fold=fold + suffix)
+        for place, suffix in (("generator", ""), ("unlabelled/generator", ", unlabelled"))
+        for fold, path in _by_fold(run_dir, f"{place}/training_log.csv")
     ]
     segmenters = [
         read_csv(path / "training_log.csv", "training log").assign(arm=arm, fold=fold, seed=seed)
@@ -217,6 +220,11 @@ def read_training_logs(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
         for frames in (generators, segmenters)
     )
+
+
+def _by_fold(run_dir: Path, name: str) -> list[tuple[str, Path]]:
+    """(fold's name, file) of every fold that has such a file."""
+    return [(p.relative_to(run_dir).parts[0], p) for p in sorted(run_dir.glob(f"fold*/{name}"))]
 
 
 def describe_machine() -> dict:

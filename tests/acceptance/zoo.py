@@ -3,8 +3,9 @@
     python tests/acceptance/zoo.py [FOLDER] [--venv VENV] [--schema SCHEMA] [--only BUNDLE]
 
 Writes releases, zips and environment into FOLDER (default: a new temporary one; its path gets a
-blank). Needs pip's index for the environment and, where ~/.cache/diffboost lacks them, for the HED
-weights. Prints a line for each line of the list in docs/releases.md, then PASS or FAIL.
+blank). Each line of its table says the number of a demand in the project's list of what the Model
+Zoo's CI and users ask for, the bundle and what was found. Then PASS or FAIL. Needs pip's index for
+the environment and, where ~/.cache/diffboost lacks them, for the HED weights.
 """
 
 import argparse

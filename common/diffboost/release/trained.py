@@ -49,7 +49,7 @@ def apply_run(release: Path, run: Path, license: str | None) -> dict[str, list[s
     copy_model(run, release)
     changed = {"models/model.pt": ["weights"], "models/lineage.json": ["lineage"]}
     changed |= _change_configs(release, knobs, overlay)
-    figures = _figures(run)
+    figures = _figures(run, "mm" if store.header["task"]["layout"] in VOLUMES else "px")
     changed["configs/metadata.json"] = _change_metadata(release, store, knobs, record, figures)
     text = Path(license).read_text(encoding="utf-8")
     (release / "docs" / "data_license.txt").write_text(text, encoding="utf-8")
@@ -162,13 +162,16 @@ def _change_configs(release: Path, knobs: dict, overlay: str | None) -> dict[str
     return changed
 
 
-def _figures(run: Path) -> dict[str, float]:
-    """Measured figures of a run: means over its test cases, else the last row of its training."""
+def _figures(run: Path, unit: str) -> dict[str, float]:
+    """Measured figures of a run: means over its test cases, else the last row of its training.
+
+    Distances are named by their unit, which metrics.csv calls mm whatever they are in.
+    """
     table = run / "metrics.csv"
     if table.is_file():
         scores = read_case_metrics(table)
         means = scores.groupby(["label", "metric"]).value.mean()
-        figures = {f"{label}_{metric}": round(float(value), 4)
+        figures = {f"{label}_{metric.replace('_mm', f'_{unit}')}": round(float(value), 4)
                    for (label, metric), value in means.items() if pd.notna(value)}  # fmt: skip
         return {**figures, "num_cases": int(scores.case.nunique())}
     log = run / "training_log.csv"
