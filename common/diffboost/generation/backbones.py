@@ -229,9 +229,9 @@ def _load_from_file(path: str, part: str) -> nn.Module | CLIPTokenizer | DDPMSch
     """One part of a single-file backbone."""
     if part == "tokenizer":
         return load_tokenizer(path)
+    config = load_config(path, part)
     if part == "scheduler":  # as written: samplers have defaults of their own for what it leaves
         return DDPMScheduler.from_config(read_json(_config_path(path, part), "backbone"))
-    config = load_config(path, part)
     return load_single_file(path, part, lambda: _without_weights(path, part), config)
 
 
