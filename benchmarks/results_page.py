@@ -32,11 +32,14 @@ from diffboost.statistics import (
     mean_interval,
     paired_difference,
     summarize,
+    training_interval,
     verdict,
 )
 
 PRIMARY = "real_breast_all"
 LONGER = ("real_breast_20_longer", "real_breast_all_longer")  # longer segmentation training
+GENERATOR = "real_breast_all_generator"  # and longer finetuning
+LOOKS = {LONGER[1]: 2, GENERATOR: 3}  # the how manieth look at the primary comparison a study is
 CURVES = {
     "breast": ("real_breast_20", "real_breast_40", "real_breast_80", PRIMARY),
     "breast_longer": LONGER,
@@ -52,7 +55,9 @@ MORE_TIME = {  # a study, and one whose classical arms train as long as all of i
     LONGER[1]: "real_breast_all_total",
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
-STUDIES = tuple(dict.fromkeys((*sum(CURVES.values(), ()), UNLABELLED, *MORE_TIME.values())))
+STUDIES = tuple(
+    dict.fromkeys((*sum(CURVES.values(), ()), GENERATOR, UNLABELLED, *MORE_TIME.values()))
+)
 ORDERED = (*STUDIES, DEVELOPMENT, JOINED)
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
 
@@ -126,6 +131,25 @@ def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
     return rows
 
 
+def repeated_look(metrics: pd.DataFrame, reference: str, number: int) -> dict:
+    """The paired gain in Dice of the joined arm at the level that an n-th look leaves, 0.05 / n.
+
+    Args:
+        metrics: of a study, its base alone.
+        reference: the best classical arm.
+        number: n.
+
+    Returns:
+        arm; number; confidence (percent); ci (over cases) and training_ci (over cases and seeds).
+    """
+    arm, confidence = f"diffboost+{reference}", 1 - 0.05 / number
+    values = case_values(metrics)
+    gains = (values.loc[arm, "dice"] - values.loc[reference, "dice"]).dropna().to_numpy()
+    over_seeds = training_interval(metrics, arm, reference, "dice", confidence)
+    found = {"ci": mean_interval(gains, confidence=confidence), "training_ci": over_seeds}
+    return {"arm": arm, "number": number, "confidence": 100 * confidence} | found
+
+
 def over_more_cases(few: pd.DataFrame, many: pd.DataFrame) -> dict:
     """How far each arm with few labelled cases lies from each arm without variants with many.
 
@@ -173,10 +197,16 @@ def write_page(output_dir: Path) -> None:
         if (present := [name for name in names if name in studies])
         for name in present
     }
-    if UNLABELLED in studies:
-        references[UNLABELLED] = best_classical(data_dir, PRIMARY)
+    for study in (GENERATOR, UNLABELLED):
+        if study in studies:
+            references[study] = best_classical(data_dir, PRIMARY)
     tables = {name: table(studies[name], references[name]) for name in references}
-    for study in (PRIMARY, LONGER[-1]):
+    looks = {
+        study: repeated_look(studies[study], references[study], number)
+        for study, number in LOOKS.items()
+        if study in studies
+    }
+    for study in (PRIMARY, LONGER[-1], GENERATOR):
         if study in studies and studies[study].fold.nunique() > 1:
             alone, name = studies[study][studies[study].fold == 0], f"{study}, fold 0 alone"
             references[name] = references[study]
@@ -218,7 +248,7 @@ def write_page(output_dir: Path) -> None:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     text = environment.get_template("results_page.md.j2").render(
-        tables=tables, cases=cases, missed=MISSED, figures=figures,
+        tables=tables, looks=looks, cases=cases, missed=MISSED, figures=figures,
         missing=[name for name in ORDERED if not (data_dir / f"{name}.csv.gz").is_file()],
         levers=None if development is None else levers(development),
         development=None if development is None else table(

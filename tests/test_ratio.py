@@ -65,11 +65,11 @@ def test_the_interval_counts_seeds_and_units_as_draws():
     assert found["se"] == pytest.approx(math.sqrt(square))
     freedom = square**2 / (1**2 / 1 + 3**2 / 2)
     assert freedom == pytest.approx(2.909, abs=1e-3)  # Student's 97.5 % point of it: 3.241
-    reach = (found["ci95"][1] - found["ci95"][0]) / 2
+    reach = (found["interval"][1] - found["interval"][0]) / 2
     assert reach == pytest.approx(3.241 * math.sqrt(square), rel=2e-3)
     alone = crossed_interval(np.ones((1, 5)))
     assert alone["mean"] == 1 and math.isnan(alone["se"])
-    assert crossed_interval(np.ones((2, 5)))["ci95"] == [1, 1]
+    assert crossed_interval(np.ones((2, 5)))["interval"] == [1, 1]
 
 
 def test_two_rungs_without_a_gain_end_the_search():

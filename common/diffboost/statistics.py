@@ -41,8 +41,13 @@ def describe(values: pd.Series) -> dict:
     return {"mean": float(values.mean()), "sd": float(values.std(ddof=1)), "n": len(values)}
 
 
-def mean_interval(values: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap interval of a mean over cases, [low, high]; NaN below two cases.
+def mean_interval(values: np.ndarray, seed: int = 0, confidence: float = 0.95) -> list[float]:
+    """Percentile bootstrap interval of a mean over cases, [low, high]; NaN below two cases.
+
+    Args:
+        values: one a case.
+        seed: of the resampling.
+        confidence: share of such intervals that hold the true mean.
 
     Source: Efron and Tibshirani 1993, chapter 13
     """
@@ -52,6 +57,7 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> list[float]:
         (values,),
         np.mean,
         n_resamples=NUM_RESAMPLES,
+        confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -82,7 +88,7 @@ def paired_difference(values: pd.Series, reference: pd.Series, seed: int = 0) ->
     return {"mean": float(difference.mean()), "ci95": ci95, "p": float(p), "n": len(difference)}
 
 
-def crossed_interval(differences: np.ndarray) -> dict:
+def crossed_interval(differences: np.ndarray, confidence: float = 0.95) -> dict:
     """Mean of differences that vary with the training's seed and with the unit that is scored.
 
     Both are draws: other seeds and other units would give other means. The squared standard error
@@ -92,29 +98,32 @@ def crossed_interval(differences: np.ndarray) -> dict:
 
     Args:
         differences: (seeds, units), finite.
+        confidence: share of such intervals that hold the true mean.
 
     Returns:
-        mean, se (standard error), ci95 ([low, high], by Student's t); se and ci95 are NaN below
-        two seeds or two units.
+        mean, se (standard error), interval ([low, high], by Student's t); se and interval are NaN
+        below two seeds or two units.
 
     Source: Searle, Casella, McCulloch 1992, two crossed random factors; Satterthwaite 1946
     """
     mean = float(differences.mean())
     counts = differences.shape
     if min(counts) < 2:
-        return {"mean": mean, "se": np.nan, "ci95": [np.nan, np.nan]}
+        return {"mean": mean, "se": np.nan, "interval": [np.nan, np.nan]}
     parts = [differences.mean(1 - axis).var(ddof=1) / n for axis, n in enumerate(counts)]
     square = sum(parts)
     if square == 0:
-        return {"mean": mean, "se": 0.0, "ci95": [mean, mean]}
+        return {"mean": mean, "se": 0.0, "interval": [mean, mean]}
     freedom = square**2 / sum(part**2 / (n - 1) for part, n in zip(parts, counts, strict=True))
     se = float(np.sqrt(square))
-    reach = float(stats.t.ppf(0.975, freedom)) * se
-    return {"mean": mean, "se": se, "ci95": [mean - reach, mean + reach]}
+    reach = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * se
+    return {"mean": mean, "se": se, "interval": [mean - reach, mean + reach]}
 
 
-def training_interval(metrics: pd.DataFrame, arm: str, reference: str, metric: str) -> list[float]:
-    """95 % interval of a paired difference whose trainings, too, are draws, as its cases are.
+def training_interval(
+    metrics: pd.DataFrame, arm: str, reference: str, metric: str, confidence: float = 0.95
+) -> list[float]:
+    """Interval of a paired difference whose trainings, too, are draws, as its cases are.
 
     An interval over cases alone says that these segmenters differ on other cases; segmenters of
     other seeds could turn it round.
@@ -124,6 +133,7 @@ def training_interval(metrics: pd.DataFrame, arm: str, reference: str, metric: s
         arm: whose values are looked at.
         reference: the arm that it is compared with, at the same seeds.
         metric: as the column metric names it.
+        confidence: share of such intervals that hold the true difference.
 
     Returns:
         [low, high]; NaN below two seeds or two cases.
@@ -135,7 +145,7 @@ def training_interval(metrics: pd.DataFrame, arm: str, reference: str, metric: s
     values = values.unstack("arm").reindex(columns=[arm, reference])  # NaN where one has none
     difference = (values[arm] - values[reference]).unstack("case")
     difference = difference.dropna(how="all").dropna(axis="columns")  # seeds of both, then cases
-    return crossed_interval(difference.to_numpy())["ci95"]
+    return crossed_interval(difference.to_numpy(), confidence)["interval"]
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

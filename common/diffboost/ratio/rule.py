@@ -110,6 +110,7 @@ def judge(rungs: Sequence[Mapping], min_gain: float) -> dict:
     enough, without, gains = rungs[0], 0, []
     for rung in rungs[1:]:
         found = crossed_interval(100 * (score_matrix(rung) - score_matrix(enough)))
+        found["ci95"] = found.pop("interval")
         if math.isnan(found["se"]):  # one seed or one unit: its mean alone decides
             found |= {"se": None, "ci95": None}
         gained = found["mean"] >= min_gain and found["mean"] > (found["se"] or 0.0)
