@@ -28,6 +28,7 @@ from documents import (
 from monai.bundle import run
 
 from diffboost import cli
+from diffboost.command_line import check_arguments
 from diffboost.data.tasks import DEFAULTS, LAYOUTS, REQUIRED, read_task
 from diffboost.experiments import read_experiment
 from diffboost.plans import Experiment
@@ -58,7 +59,7 @@ def check_command(words: list[str]) -> None:
     known = program in PROGRAMS or (REPOSITORY / program).is_file()
     assert known or Path(program).name in PROGRAMS, f"{program}: no program that we know: {words}"
     if program == "diffboost" and arguments:
-        cli._refuse_misspelt(arguments)
+        check_arguments(arguments, cli.COMMANDS)
     elif program == "make":
         check_make(arguments)
     elif program in ("python", "python3") and arguments[0].endswith(".py"):
@@ -157,7 +158,7 @@ def test_a_wrong_command_is_found(line, message):
 
 
 def test_a_wrong_flag_of_diffboost_is_found():
-    with pytest.raises(SystemExit, match="did you mean 'store_dir'"):
+    with pytest.raises(ValueError, match="did you mean 'store_dir'"):
         check_command(*commands_of("diffboost audit memorization x --stor_dir y"))
 
 

@@ -9,6 +9,7 @@ import pytest
 from monai.bundle.scripts import run
 
 from diffboost import cli
+from diffboost.command_line import check_arguments
 from diffboost.knobs import (
     RUNNER_ARGUMENTS,
     check_command_line,
@@ -174,3 +175,20 @@ def test_help_after_a_file_name_runs_nothing(flag, monkeypatch, tmp_path, capsys
     assert stopped.value.code == 0
     assert "how many processor cores" in "".join(capsys.readouterr())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["--dry_run", "false"], ["--dry_run", "False"]),
+        (["--dry-run=true", "--cores", "2"], ["--dry-run=True", "--cores", "2"]),
+        (["--dry_run"], ["--dry_run"]),
+        (["--dry_run", "--target", "true"], ["--dry_run", "--target", "true"]),
+    ],
+)
+def test_yes_or_no_is_read_however_it_is_spelled(given, read):
+    """fire took `false` for a text, which is true."""
+    words = ["study", "x.yaml"]
+    assert check_arguments([*words, *given], cli.COMMANDS) == [*words, *read]
+    with pytest.raises(ValueError, match="warm: 'no'; allowed: True, False"):
+        check_arguments([*words, "--warm", "no"], cli.COMMANDS)

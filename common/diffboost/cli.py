@@ -1,14 +1,13 @@
 """The command `diffboost`: studies, reports, costs, audits of stores, releases, DICOM."""
 
 import fcntl
-import inspect
+import json
 import logging
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -16,11 +15,12 @@ from typing import TextIO
 import fire
 
 from diffboost.audit.commands import AUDITS
+from diffboost.command_line import check_arguments, split_command
 from diffboost.dicom.commands import DICOM
 from diffboost.experiments import read_experiment, study_task
-from diffboost.knobs import read_flags, refuse_unknown
+from diffboost.knobs import refuse_unknown
 from diffboost.stages import WORKFLOW, failures, warm_programs, why_cold
-from diffboost.study_data import missing_data
+from diffboost.study_data import missing_data, settle_dataset
 from diffboost.targets import check_target
 
 logger = logging.getLogger(__name__)
@@ -69,22 +69,29 @@ def study(
     if missing:
         logger.warning("%s", missing)
     run_dir.mkdir(parents=True, exist_ok=True)
+    options = shlex.split(snakemake)
     command = [sys.executable, "-m", "snakemake", target, "--snakefile", str(SNAKEFILE)]
     command += ["--directory", str(run_dir), "--cores", str(cores), "--rerun-incomplete"]
     command += ["--show-failed-logs", "--nolock", "--quiet", "host", "reason"]
-    command += ["--dry-run"] * dry_run + shlex.split(snakemake)
-    command += ["--config", f"experiment={path}", f"started_in={Path.cwd()}"]
-    command += [f"dataset_dir={dataset_dir}"] if dataset_dir else []
+    command += ["--dry-run"] * dry_run + options
     with (run_dir / ".lock").open("w") as lock:
         _hold(lock, run_dir)
+        try:
+            dataset = settle_dataset(run_dir, str(dataset_dir or ordered.dataset_dir), dry_run)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+        places = {"experiment": path, "started_in": Path.cwd(), "dataset_dir": dataset}
+        # as JSON texts, for Snakemake reads them as YAML
+        command += ["--config", *(f"{key}={json.dumps(str(p))}" for key, p in places.items())]
         started = time.time()
-        code = _run(command, warm and not dry_run, why_cold(shlex.split(snakemake)))
+        code = _run(command, warm and not dry_run, why_cold(options))
     if code:
         for failure in failures(run_dir, started):
             logger.error("%s", failure)
         raise SystemExit(code)
-    if not dry_run and target == "report":
-        logger.info("report: %s", run_dir / "report" / "index.html")
+    page = run_dir / "report" / "index.html"
+    if not dry_run and target == "report" and page.is_file() and not options:
+        logger.info("report: %s", page)
 
 
 def report(run_dir: str, only: str | None = None, tracking: str | None = None) -> None:
@@ -235,41 +242,13 @@ HELP = {"--help", "-h"}
 def main() -> None:
     """Entry of the console script `diffboost`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = sys.argv[1:]
-    _refuse_misspelt(arguments)
-    if HELP.intersection(arguments):  # fire would run `study FILE` first, and explain its result
-        arguments = [*_split_command(arguments)[0], "--help"]
-    fire.Fire(COMMANDS, command=arguments, name="diffboost")
-
-
-def _split_command(arguments: list[str]) -> tuple[list[str], Callable | dict, list[str]]:
-    """The names of a command, what they stand for (more commands, if a name is missing), the rest.
-
-    Raises:
-        ValueError: there is no such command; names the nearest.
-    """
-    names, found = [], COMMANDS
-    while isinstance(found, dict) and arguments and not arguments[0].startswith("-"):
-        name, *arguments = arguments
-        refuse_unknown({name: "command"}, found, " ".join(["diffboost", *names]))
-        names, found = [*names, name], found[name]
-    return names, found, arguments
-
-
-def _refuse_misspelt(arguments: list[str]) -> None:
-    """Exits with the nearest name where a command or a flag does not exist.
-
-    Source: engineering choice (fire prints its usage, but no nearest name)
-    """
     try:
-        names, found, rest = _split_command(arguments)
-        if isinstance(found, dict):
-            return
-        flags = {key.replace("-", "_"): value for key, value in read_flags(rest).items()}
-        allowed = [*inspect.signature(found).parameters, "help"]
-        refuse_unknown(flags, allowed, " ".join(["diffboost", *names]))
+        arguments = check_arguments(sys.argv[1:], COMMANDS)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    if HELP.intersection(arguments):  # fire would run `study FILE` first, and explain its result
+        arguments = [*split_command(arguments, COMMANDS)[0], "--help"]
+    fire.Fire(COMMANDS, command=arguments, name="diffboost")
 
 
 if __name__ == "__main__":

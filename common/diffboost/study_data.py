@@ -1,10 +1,15 @@
 """Whether the files that a study names are there, before a stage looks for them."""
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffboost.data.documents import read_json, read_yaml
 from diffboost.data.tasks import PHANTOM_LAYOUTS, PHANTOMS
 from diffboost.plans import Experiment
+
+DATASET_RECORD = ".dataset_dir.json"
 
 
 def missing_data(
@@ -54,6 +59,49 @@ def missing_data(
         f"dataset_dir: there is no folder {Path(folder).absolute()}; give --dataset_dir, or "
         f"`{PHANTOMS}` for made-up scans"
     )
+
+
+def settle_dataset(run_dir: Path, dataset_dir: str, dry_run: bool = False) -> str:
+    """The folder of scans as the study's first run named it, which is kept in the study's folder.
+
+    Snakemake takes another text for another order: it would remove the store, and with it all that
+    was made of it, before the first stage looks whether the folder is there.
+
+    Args:
+        run_dir: folder of the study.
+        dataset_dir: what is named now; relative to the working directory.
+        dry_run: keep nothing.
+
+    Raises:
+        ValueError: the store was made from another folder.
+
+    Source: engineering choice
+    """
+    record, before = run_dir / DATASET_RECORD, run_dir / "experiment.yaml"
+    if record.is_file():
+        first = read_json(record, "dataset_dir")
+    elif before.is_file():
+        spelled = read_yaml(before, "experiment").get("dataset_dir")
+        first = {"dataset_dir": spelled, "place": os.path.abspath(spelled)}
+    else:
+        first = {}
+    if first.get("dataset_dir") == dataset_dir:
+        return dataset_dir
+    place = os.path.abspath(dataset_dir)
+    if first and (run_dir / "store").is_dir():
+        if os.path.realpath(place) == os.path.realpath(first["place"]):
+            return first["dataset_dir"]
+        raise ValueError(
+            f"dataset_dir: {dataset_dir}, but {run_dir / 'store'} was made from "
+            f"{first['dataset_dir']} ({first['place']}); name that folder, or give the study "
+            "another name or --runs_dir (or remove the store, and all that was made of it is made "
+            "again)"
+        )
+    if not dry_run:
+        partial = record.with_suffix(".partial")  # files.write_json would import torch: seconds
+        partial.write_text(json.dumps({"dataset_dir": dataset_dir, "place": place}) + "\n")
+        partial.replace(record)
+    return dataset_dir
 
 
 def _is_there(folder: str) -> bool:
