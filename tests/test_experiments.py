@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fire.parser import DefaultParseValue
 
 from diffboost import precision
 from diffboost.conditions import edges
@@ -16,6 +17,7 @@ from diffboost.generation import cache, objective, optimization, sampling, sched
 from diffboost.knob_values import WORDS, set_by_study
 from diffboost.segmentation import evaluation, merging, metrics, training
 from diffboost.stages import bundle_run, stage_configs
+from diffboost.study_data import settle_dataset
 
 REPOSITORY = Path(__file__).parents[1]
 CONFIG = {
@@ -97,7 +99,9 @@ def test_defaults_are_filled_in(read):
         ({"synthesis": {"ratio": [8, 8]}}, "ratio: [8, 8]; an ablation is a list of different"),
         ({"synthesis": {"ratio": []}}, "ratio: []; an ablation is a list of different"),
         (BOTH | {"synthesis": {"ratio": [8, "2"]}}, "ratio: '2'; a number is needed"),
-        ({"synthesis": {"ratio": [8, 2]}}, "acts on arm diffboost alone, which is not among"),
+        ({"synthesis": {"ratio": [8, 2]}}, "arm diffboost, which is not among the arms: baseline"),
+        ({"segmentation": {"epochs": [8, 2]}}, "arm diffboost, which is not among the arms"),
+        ({"name": ".."}, "name: '..'; allowed: letters, digits"),
         (
             BOTH | {"synthesis": {"ratio": [8, 2]}, "segmentation": {"num_variants": 2}},
             "num_variants: is decided by the list of ratio",
@@ -281,7 +285,7 @@ def test_lists_become_ablations_and_their_first_value_the_base(read):
 
 def test_a_knob_that_is_a_list_is_ablated_by_a_list_of_lists(read):
     assert read(segmentation={"channels": [8, 16]}).segmentation == {"channels": [8, 16]}
-    experiment = read(segmentation={"channels": [[8, 16], [4, 8]]})
+    experiment = read(**BOTH | {"segmentation": {"channels": [[8, 16], [4, 8]]}})
     assert experiment.segmentation == {"channels": [8, 16]}
     assert experiment.ablations == {"segmentation": {"channels": [[8, 16], [4, 8]]}}
 
@@ -304,3 +308,51 @@ def test_bundle_run_refuses_a_knob_that_the_study_sets():
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "workflow/experiments").glob("*.yaml")))
 def test_shipped_experiments_are_valid(path):
     assert read_experiment(path, stage_configs()).name == path.stem
+
+
+@pytest.mark.parametrize(
+    "value", ["blurry, dark", "scans #2", "(gray)", "2024", "None", "a b", "x"]
+)
+def test_a_text_reaches_its_stage_as_it_is(value):
+    """fire made a tuple, a number or a shorter text of it."""
+    words = shlex.split(bundle_run(["bundles/b/configs/c.yaml"], {"dataset_dir": value}, {}))
+    assert DefaultParseValue(words[words.index("--dataset_dir") + 1]) == value
+
+
+def test_prepare_takes_a_list_of_folders(tmp_path):
+    experiment = {"name": "a", "task": "breast_ultrasound", "dataset_dir": "x"}
+    experiment |= {"arms": ["baseline"], "prepare": {"include": ["malignant"]}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(experiment))
+    assert read_experiment(path).prepare["include"] == ["malignant"]
+
+
+@pytest.mark.parametrize("other", ["same", "link", "another"])
+def test_a_finished_store_keeps_its_folder_of_scans(tmp_path, monkeypatch, other):
+    """Another spelling removed the store and all that was made of it; a wrong folder did, too."""
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "small"
+    for folder in ("scans", "others"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("scans")
+    run_dir.mkdir(parents=True)
+    assert settle_dataset(run_dir, "others", dry_run=True) == "others"
+    assert settle_dataset(run_dir, "others") == "others"
+    assert settle_dataset(run_dir, "scans") == "scans"  # nothing was made of the others
+    (run_dir / "store").mkdir()
+    named = {"same": str(tmp_path / "scans"), "link": "link", "another": "others"}[other]
+    if other != "another":
+        assert settle_dataset(run_dir, named) == "scans"
+        return
+    with pytest.raises(ValueError, match="dataset_dir: others, but .*store was made from scans"):
+        settle_dataset(run_dir, named)
+    with pytest.raises(ValueError, match="dataset_dir: nowhere, but .*made from scans"):
+        settle_dataset(run_dir, "nowhere")
+
+
+def test_a_study_of_an_older_version_knows_its_folder_of_scans(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "experiment.yaml").write_text("dataset_dir: ../scans\n")
+    assert settle_dataset(tmp_path, "../scans") == "../scans"
+    with pytest.raises(ValueError, match=r"made from \.\./scans"):
+        settle_dataset(tmp_path, "../other")

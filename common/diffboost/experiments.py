@@ -11,7 +11,6 @@ from diffboost.knob_values import check_image_size, check_value
 from diffboost.knobs import nearest, refuse_unknown
 from diffboost.plans import (
     SYNTHETIC_THEN_REAL,
-    VARIANT_KNOBS,
     Experiment,
     ablated_knobs,
     settings,
@@ -229,7 +228,7 @@ def _check_selection(experiment: Experiment, path: Path) -> None:
 
 def _check_values(experiment: Experiment, path: Path) -> None:
     """Raises ValueError on a value outside what its key allows; the message names both."""
-    if not re.fullmatch(r"[\w.-]+", str(experiment.name)):
+    if not re.fullmatch(r"[\w.-]*[\w-][\w.-]*", str(experiment.name)):
         raise ValueError(f"{path}: name: {experiment.name!r}; allowed: letters, digits, _ - .")
     if experiment.scale not in SCALES:
         raise ValueError(
@@ -279,11 +278,10 @@ def _check_ablations(experiment: Experiment, path: Path) -> None:
             f"{path}: segmentation: num_variants: is decided by the list of ratio; leave it out"
         )
     for knob, (section, values) in ablated_knobs(experiment).items():
-        through_variants = section == "synthesis" or knob in VARIANT_KNOBS
-        if through_variants and "diffboost" not in experiment.arms:
+        if section != "network" and "diffboost" not in experiment.arms:
             raise ValueError(
-                f"{path}: {section}: {knob}: {values!r}; acts on arm diffboost alone, which is not "
-                f"among the arms: {', '.join(experiment.arms)}"
+                f"{path}: {section}: {knob}: {values!r}; figure 6 shows what a list does to arm "
+                f"diffboost, which is not among the arms: {', '.join(experiment.arms)}"
             )
     folders = [setting.folder for setting in settings(experiment)]
     for folder in folders:

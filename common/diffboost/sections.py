@@ -86,7 +86,8 @@ def _check_knobs(section: Mapping, config: Mapping, where: str) -> None:
     refuse_unknown(section, [key for key in config if not re.search(r"^\+|::", key)], where)
     for key, value in section.items():
         many = isinstance(value, list | dict) and not isinstance(config[key], type(value))
-        if many and not (isinstance(value, dict) and config[key] is None):
+        one_of_many = isinstance(value, dict) or key == "include"  # of prepare: folders
+        if many and not (one_of_many and config[key] is None):
             raise ValueError(
                 f"{where}: {key}: {value!r}; one value is needed (lists are ablations in "
                 f"{' and '.join(ABLATED)} only)"

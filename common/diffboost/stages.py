@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from fire.parser import DefaultParseValue
+
 from diffboost.data.documents import read_yaml
 from diffboost.knobs import ERROR
 
@@ -66,8 +68,16 @@ def bundle_run(
     words += ["--config_file", files[0] if len(files) == 1 else repr(files)]
     words += ["--bundle_root", str(Path(files[0]).parents[1])]
     for key, value in (settings | dict(knobs)).items():
-        words += [f"--{key}", str(value) if isinstance(value, str | Path) else repr(value)]
+        words += [f"--{key}", _told(value)]
     return shlex.join(words)
+
+
+def _told(value: object) -> str:
+    """A value as fire, which reads every flag as Python where it can, gives it back."""
+    if not isinstance(value, str | Path):
+        return repr(value)
+    text = str(value)
+    return text if DefaultParseValue(text) == text else repr(text)
 
 
 @contextmanager

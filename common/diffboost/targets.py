@@ -10,7 +10,7 @@ TARGETS = {
     "figure4": ("figures/figure4.png", "an arm with variants"),
     "figure6": (
         "figures/figure6.svg",
-        "a list in synthesis or segmentation, and an arm beside baseline",
+        "a list in synthesis or segmentation, and arm diffboost",
     ),
     "figure7": ("figures/figure7.svg", "a list of networks"),
 }
