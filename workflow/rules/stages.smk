@@ -191,6 +191,8 @@ rule train_on_synthetic:
         synthetic_store,
     output:
         RESULT + "/on_synthetic/model.pt",
+        RESULT + "/on_synthetic/training_log.csv",
+        RESULT + "/on_synthetic/run.json",  # goes with the model when that is made anew
     params:
         command=lambda wildcards: segmentation_run(wildcards, on_synthetic=True),
         start=START,
