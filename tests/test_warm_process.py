@@ -250,3 +250,10 @@ def test_warm_processes_end_with_a_study_that_is_killed(programs, tmp_path):
         time.sleep(0.05)
     assert not programs["folder"].exists()
     shutil.rmtree(tmp_path)
+
+
+def test_a_stage_that_was_killed_is_told_as_such():
+    """No handler can be set for SIGKILL: the client ended in a traceback."""
+    code = "from diffboost.warm_client import end_like; end_like(9)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, b"")

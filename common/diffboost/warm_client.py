@@ -184,7 +184,8 @@ def _wait_for(process: int) -> None:
 def end_like(status: int) -> None:
     """Ends this process as another one ended: with its exit code, or by its signal."""
     if os.WIFSIGNALED(status):
-        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # SIGKILL and SIGSTOP have no handler to set
+            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     raise SystemExit(os.waitstatus_to_exitcode(status))
 
