@@ -54,10 +54,10 @@ results: $(STAMP)  ## docs/results/index.md from the metrics in docs/results/dat
 
 tiny_weights: $(STAMP)  ## pretrain the shipped backbone anew on phantoms (about an hour on two cores)
 	$(RUN)/prepare.yaml --store_dir $(WORK)/store
-	$(RUN)/create_backbone.yaml --output_dir $(WORK)/untrained
+	test -d "$(WORK)/untrained" || $(RUN)/create_backbone.yaml --output_dir $(WORK)/untrained
 	$(RUN)/train_autoencoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/untrained --output_dir $(WORK)/autoencoder
 	$(RUN)/train.yaml --store_dir $(WORK)/store --backbone $(WORK)/autoencoder/backbone --train_base True --output_dir $(WORK)/generator
-	$(RUN)/export.yaml --backbone $(WORK)/autoencoder/backbone --generator_dir $(WORK)/generator --output_dir $(WORK)/tiny
+	test -d "$(WORK)/tiny" || $(RUN)/export.yaml --backbone $(WORK)/autoencoder/backbone --generator_dir $(WORK)/generator --output_dir $(WORK)/tiny
 	$(RUN)/train_tiny_decoder.yaml --store_dir $(WORK)/store --backbone $(WORK)/tiny --epochs 3 --output_dir $(WORK)/tiny_decoder
 
 segmentation_weights: $(STAMP)  ## train the shipped segmenter anew on phantoms (about 15 minutes on one thread)

@@ -202,6 +202,7 @@ def _change_metadata(
             formats[group]["pred"]["channel_def"] = names
         formats["post_processed_outputs"]["pred"]["value_range"] = [0, len(names) - 1]
         fields["label_classes"] = ", ".join(f"{number} {name}" for number, name in names.items())
+        fields["pred_classes"] = f"class index: {fields['label_classes']}"
     else:
         vae = load_config(record["backbone"], "vae")
         latent = side // 2 ** (len(vae["block_out_channels"]) - 1)
