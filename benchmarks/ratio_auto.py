@@ -196,7 +196,7 @@ def measure(folder: Path, seed: int, options: argparse.Namespace) -> dict | None
         "share_flops": round(chosen["flops"]["share"], 3),
         "share_cpu_seconds": round(chosen["cpu"] / (variants_cpu + np.mean(trainings)), 3),
         "regret_of_always": {r: round(regret(truth, r)[0], 3) for r in (1, 5, 20)},
-        "regret_of_enough": round(regret(truth, chosen["enough"])[0], 3),
+        "regret_of_enough": round(regret(truth, chosen["enough"] or ratio)[0], 3),  # None: no rung
         "dice": {r: round(float(found.mean()), 3) for r, found in truth.items()},
     }
     print(f"  {chosen['reason']}\n  regret {points:.2f} ± {error:.2f} points, cost "

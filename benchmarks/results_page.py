@@ -142,7 +142,8 @@ def repeated_look(metrics: pd.DataFrame, reference: str, number: int) -> dict:
     Returns:
         arm; number; confidence (percent); ci (over cases) and training_ci (over cases and seeds).
     """
-    arm, confidence = f"diffboost+{reference}", 1 - 0.05 / number
+    arm = "diffboost" if reference == "baseline" else f"diffboost+{reference}"
+    confidence = 1 - 0.05 / number
     values = case_values(metrics)
     gains = (values.loc[arm, "dice"] - values.loc[reference, "dice"]).dropna().to_numpy()
     over_seeds = training_interval(metrics, arm, reference, "dice", confidence)
