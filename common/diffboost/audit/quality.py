@@ -132,8 +132,9 @@ def audit_quality(
     Fold, inner split and number of cases are those of the segmenter's run.json.
 
     Args:
-        store_dir, synthetic_dir, segmenter_dir, segmenter_configs, max_lost, num_calibrated, seed,
-            edge_weights: see ``filter_variants``.
+        store_dir, synthetic_dir, segmenter_dir, segmenter_configs, max_lost, num_calibrated, seed:
+            see ``filter_variants``.
+        edge_weights: the same.
         output_dir: gets quality.parquet (the manifest with scores, ``kept`` and ``reason``),
             quality.json and rejected.png.
 
