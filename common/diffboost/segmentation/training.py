@@ -115,7 +115,7 @@ def _refuse_other_sources(items: Sequence[dict], store_dir: str, synthetic_dir: 
     own = rows["case"].map(store.source_sha256())
     wrong = rows[rows["source_sha256"] != own]
     if len(wrong):
-        case, sha256 = wrong.iloc[0]
+        case, sha256 = wrong[["case", "source_sha256"]].iloc[0]
         raise ValueError(
             f"synthetic_dir: {synthetic_dir}: the variants of case '{case}' were made from files "
             f"of source_sha256 {sha256[:12]}…, the case of this name in {store_dir} has "
