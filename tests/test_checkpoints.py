@@ -16,8 +16,9 @@ from monai.handlers import LrScheduleHandler, ValidationHandler
 from monai.transforms import RandomizableTransform
 from torch.utils.data import DataLoader
 
-from diffboost import checkpoints as checkpoints_module
-from diffboost.checkpoints import Checkpoints, read_newest, write_checkpoint
+from diffboost import checkpoint_files
+from diffboost.checkpoint_files import read_newest, write_checkpoint
+from diffboost.checkpoints import Checkpoints
 from diffboost.data.addresses import AddressedDataset, AddressedSampler
 from diffboost.files import sha256_of_files, write_aside
 from diffboost.generation.saving import AveragedWeightsSaver
@@ -188,14 +189,14 @@ def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path, caplog):
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(whole, tmp_path, monkeypatch):
-    save = checkpoints_module.save_tensors
+    save = checkpoint_files.save_tensors
 
     def fill(content, path):
         if content["step"] == 9:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(content, path)
 
-    monkeypatch.setattr(checkpoints_module, "save_tensors", fill)
+    monkeypatch.setattr(checkpoint_files, "save_tensors", fill)
     with pytest.raises(OSError, match="checkpoint of step 9 could not be written") as error:
         train(tmp_path)
     assert error.value.errno == errno.ENOSPC

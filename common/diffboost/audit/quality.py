@@ -5,15 +5,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
-from diffboost.audit.calibration import Judge
 from diffboost.audit.guards import guard_segmenter
 from diffboost.audit.quality_calibration import calibrate_judges, load_instruments
-from diffboost.audit.quality_scores import EMPTY_FAMILIES, FAMILIES
 from diffboost.audit.quality_sheet import draw_judged
+from diffboost.audit.quality_verdicts import COLUMNS, count_verdicts, with_verdicts
 from diffboost.data.manifest import read_manifest
 from diffboost.data.slices import read_store, slice_items
 from diffboost.data.tables import write_table
@@ -22,27 +20,6 @@ from diffboost.processes import is_main_process, wait_for_processes
 from diffboost.segmentation.loading import read_record
 
 logger = logging.getLogger(__name__)
-
-# The columns that the filter adds to a manifest, and the scores that they hold.
-COLUMNS = {
-    "segmenter_agreement": "dice",
-    "edge_agreement": "edge_agreement",
-    "border_contrast": "contrast",
-    "intensity_distance": "intensity_distance",
-    "texture_distance": "texture_distance",
-    "quality": "quality",
-}
-REASONS = {
-    "segmenter": "the segmenter finds something else than the label (agreement {dice:.2f})",
-    "border": "the image shows no such border as the label's (contrast {contrast:.2f})",
-    "edges": "the image does not follow its hint (edge agreement {edge_agreement:.2f})",
-    "intensity": "gray levels or texture unlike real slices (distances {intensity_distance:.1f} "
-    "and {texture_distance:.1f})",
-}
-EMPTY_REASONS = REASONS | {
-    "segmenter": "the label is empty, but the segmenter finds foreground (a share of "
-    "{found_share:.3f})"
-}
 
 
 def filter_variants(
@@ -219,7 +196,7 @@ def judge_variants(
     manifest = manifest.drop(columns=list(COLUMNS), errors="ignore").reset_index(drop=True)
     items = items_of(manifest, synthetic_dir, parts["training"])
     scores = pd.DataFrame(instruments.score_items(items), index=manifest.index)
-    judged = _with_verdicts(manifest, scores, judges)
+    judged = with_verdicts(manifest, scores, judges)
     record = {
         "segmenter_dir": str(segmenter_dir),
         "model_sha256": sha256_of_files([Path(segmenter_dir) / "model.pt"]),
@@ -229,7 +206,7 @@ def judge_variants(
         "seed": seed,
         "edges": store.header["preprocessing"]["edges"],
         "judges": {name: judge and judge.describe() for name, judge in judges.items()},
-        **_counts(judged),
+        **count_verdicts(judged),
     }
     return judged, items, record
 
@@ -260,51 +237,6 @@ def items_of(
         own = {key: str(root / f"{key}s" / name) for key in ("edge", "label") if deformed}
         items.append({**source, **own, "image": str(root / image)})
     return items
-
-
-def _with_verdicts(
-    manifest: pd.DataFrame, scores: pd.DataFrame, judges: Mapping[str, Judge | None]
-) -> pd.DataFrame:
-    """The manifest with COLUMNS, and ``kept`` and ``reason`` where a judge rejects."""
-    scores = scores.assign(quality=np.nan)
-    reasons = pd.Series("", index=manifest.index)
-    for name, judge in judges.items():
-        chosen = scores.group == name
-        if judge is None or not chosen.any():
-            continue
-        rows = scores[chosen]
-        scores.loc[chosen, "quality"] = judge.verdict(rows)
-        reasons[chosen] = _reasons(rows, judge, name)
-    judged = manifest.assign(**{column: scores[score] for column, score in COLUMNS.items()})
-    judged["kept"] = reasons == ""
-    judged["reason"] = reasons
-    return judged
-
-
-def _reasons(rows: pd.DataFrame, judge: Judge, group: str) -> list[str]:
-    """Why each row is rejected; empty for those that are kept."""
-    empty = group == "empty"
-    families, words = (EMPTY_FAMILIES, EMPTY_REASONS) if empty else (FAMILIES, REASONS)
-    parts, verdicts, reasons = judge.parts(rows), judge.verdict(rows), []
-    for (_, row), part, verdict in zip(rows.iterrows(), parts, verdicts, strict=True):
-        against = {
-            family: sum(part[judge.names.index(name)] for name in names)
-            for family, names in families.items()
-        }
-        worst = min(against, key=against.get)
-        reasons.append(f"{worst}: {words[worst].format(**row)}" if verdict < 0 else "")
-    return reasons
-
-
-def _counts(judged: pd.DataFrame) -> dict:
-    """How many variants were kept, rejected by family of reason, or not judged."""
-    families = judged.reason[~judged.kept].str.partition(":")[0].value_counts()
-    return {
-        "variants": len(judged),
-        "kept": int(judged.kept.sum()),
-        "rejected": {name: int(families.get(name, 0)) for name in FAMILIES},
-        "not_judged": int(judged.quality.isna().sum()),
-    }
 
 
 def _write_record(folder: Path, record: Mapping) -> None:
