@@ -151,9 +151,8 @@ class ClientVolumes:
                 f"sees slices of image_size {self.image_size}"
             )
         store, key = read_store(store_dir), f"client_synthetic_dir: {self.synthetic_dir}"
-        refuse_other_slicing(
-            manifest, store.header["task"], key, but="labels"
-        )  # class numbers here
+        cut = manifest.get("slicing", ())
+        refuse_other_slicing(cut, store.header["task"], key, but="labels")  # here class numbers
         cases = {sha256: case for case, sha256 in store.source_sha256().items()}
         manifest = manifest[manifest["source_sha256"].isin(cases) & manifest["kept"]]
         if self.num_variants is not None:

@@ -93,8 +93,7 @@ def refuse_names(column: pa.Array | pa.ChunkedArray, key: str) -> None:
 
     Source: engineering choice (issue 5, "Hostile input").
     """
-    if pa.types.is_dictionary(column.type):
-        column = pc.unique(column.cast(column.type.value_type))
+    column = _texts(column)
     suspect = pc.starts_with(column, "/")
     for part in _SUSPECT:
         suspect = pc.or_(suspect, pc.match_substring(column, part))
@@ -116,15 +115,20 @@ def refuse_cases(column: pa.Array | pa.ChunkedArray, key: str) -> None:
 
     Source: engineering choice (issue 5, "Hostile input").
     """
-    if pa.types.is_dictionary(column.type):
-        column = pc.unique(column.cast(column.type.value_type))
-    for case in pc.filter(
-        column, pc.match_substring_regex(column, r"^\.*$|[/\\:\x00]")
-    ).to_pylist():
+    column = _texts(column)
+    bad = pc.match_substring_regex(column, r"^\.*$|[/\\:\x00]")
+    for case in pc.filter(column, bad).to_pylist():
         raise ValueError(
             f"{key}: {case!r} becomes a part of file names; allowed are names without '/', "
             "backslashes and colons that are not empty and not only dots"
         )
+
+
+def _texts(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A column's texts, each once where it is kept as a dictionary."""
+    if not pa.types.is_dictionary(column.type):
+        return column
+    return pc.unique(column.cast(column.type.value_type))
 
 
 @lru_cache(maxsize=1 << 14)

@@ -1,7 +1,7 @@
 """The manifest of a synthetic store, read: a row a variant."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,11 +12,12 @@ from diffboost.data.tasks import slicing
 
 KINDS = {
     **dict.fromkeys(("image", "case", "source_image", "edge", "label", "lineage_sha256"), "text"),
-    **dict.fromkeys(("sha256", "source_sha256"), "text"),
+    **dict.fromkeys(("sha256", "source_sha256", "slicing"), "text"),
     **dict.fromkeys(("slice", "variant"), "whole number"),
     "kept": "yes or no",
 }
 EVERY = ("image", "case", "slice", "variant", "kept")  # no manifest lacks them
+LATER = ("slicing",)  # stores before 0.9.0 lack them: empty texts where they are asked for
 
 
 def read_manifest(synthetic_dir: str | Path, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -44,7 +45,7 @@ def read_manifest(synthetic_dir: str | Path, columns: Sequence[str] | None = Non
             "write a synthetic store with the bundle diffboost_synthesis"
         )
     kinds = {name: KINDS[name] for name in columns or EVERY}
-    table = read_table(path, "synthetic_dir", kinds, others=columns is None)
+    table = read_table(path, "synthetic_dir", kinds, others=columns is None, later=LATER)
     if not len(table):
         raise ValueError(f"synthetic_dir: {path} has no row")
     if "case" in kinds:
@@ -56,12 +57,11 @@ def read_manifest(synthetic_dir: str | Path, columns: Sequence[str] | None = Non
     return to_frame(table)
 
 
-def refuse_other_slicing(manifest: pd.DataFrame, task: Mapping, key: str, but: str = "") -> None:
+def refuse_other_slicing(texts: Iterable[str], task: Mapping, key: str, but: str = "") -> None:
     """Refuses variants of slices that were cut from the same files in another way.
 
     Args:
-        manifest: as ``read_manifest`` gives it; its column slicing, which stores before 0.9.0 lack,
-            is what is compared.
+        texts: the manifest's column slicing; an empty one says nothing.
         task: of the slices that the variants are for.
         key: what names the synthetic store, for the message.
         but: a key of ``slicing`` that may differ.
@@ -72,7 +72,7 @@ def refuse_other_slicing(manifest: pd.DataFrame, task: Mapping, key: str, but: s
     Source: engineering choice (issue 5, "Nothing leaked").
     """
     own = slicing(task)
-    for text in manifest["slicing"].unique() if "slicing" in manifest else ():
+    for text in sorted({*texts} - {""}):
         found = json.loads(text)
         for name in sorted({*own, *found} - {but}):
             if own.get(name) != found.get(name):

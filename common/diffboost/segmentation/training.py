@@ -110,13 +110,13 @@ def _refuse_other_sources(items: Sequence[dict], store_dir: str, synthetic_dir: 
     Or of the same ones, if their slices were cut in another way.
     """
     store, key = read_store(store_dir), f"synthetic_dir: {synthetic_dir}"
-    rows = read_manifest(synthetic_dir, ["case", "source_sha256"])
-    refuse_other_slicing(read_manifest(synthetic_dir), store.header["task"], key)
+    rows = read_manifest(synthetic_dir, ["case", "source_sha256", "slicing"])
+    refuse_other_slicing(rows["slicing"], store.header["task"], key)
     rows = rows[rows["case"].isin({item["case"] for item in items})]
     own = rows["case"].map(store.source_sha256())
     wrong = rows[rows["source_sha256"] != own]
     if len(wrong):
-        case, sha256 = wrong.iloc[0]
+        case, sha256 = wrong.iloc[0][["case", "source_sha256"]]
         raise ValueError(
             f"synthetic_dir: {synthetic_dir}: the variants of case '{case}' were made from files "
             f"of source_sha256 {sha256[:12]}…, the case of this name in {store_dir} has "
