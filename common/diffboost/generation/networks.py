@@ -1,6 +1,5 @@
 """The generator's networks: a UNet with a ControlNet branch, and the grayscale autoencoder."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,17 +12,17 @@ from diffboost.generation.backbones import has_part, load_part, new_branch
 from diffboost.generation.monai_checkpoints import fill_monai, read_checkpoint
 from diffboost.generation.monai_networks import MonaiAutoencoder
 from diffboost.generation.monai_part import MonaiPart
-from diffboost.generation.single_file import fill_branch, key_groups
+from diffboost.generation.single_file import fill_branch, holds_unet, key_groups
 from diffboost.generation.upsampling import fold_upsampling
 from diffboost.precision import autocast_dtype
 
 
-def _refuse_other_unet(
-    before: Mapping[str, torch.Tensor], unet: nn.Module, weights: str, backbone: str
-) -> None:
-    """Raises ValueError where weights changed a UNet by more than half precision does."""
-    for name, value in unet.state_dict().items():
-        if not torch.allclose(before[name].float(), value.float(), rtol=1e-2, atol=1e-3):
+def _refuse_other_unet(own: nn.Module, unet: nn.Module, weights: str, backbone: str) -> None:
+    """Raises ValueError where a UNet is not the backbone's own, but for half precision."""
+    for (name, value), before in zip(
+        unet.state_dict().items(), own.state_dict().values(), strict=True
+    ):
+        if not torch.allclose(before, value, rtol=1e-2, atol=1e-3):
             raise ValueError(
                 f"weights: {weights} holds another UNet than that of backbone: {backbone!r} "
                 f"({name} differs), and train_base: false would leave it out of model.pt; give "
@@ -74,10 +73,9 @@ class ControlledUNet(nn.Module):
         else:
             self.controlnet = new_branch(backbone, unet)
         if weights is not None:
-            before = None if train_base else {k: v.half() for k, v in unet.state_dict().items()}
             self._load(unet, Path(weights))
-            if before is not None:
-                _refuse_other_unet(before, unet, weights, backbone)
+            if not train_base and holds_unet(weights):
+                _refuse_other_unet(load_part(backbone, "unet"), unet, weights, backbone)
         fold_upsampling(unet, frozen=not train_base)
         self.controlnet.requires_grad_(True)
         if gradient_checkpointing:

@@ -68,16 +68,28 @@ def variant_step_seed(
     return address_seed(seed, "steps", *place)
 
 
-def check_interval(name: str, interval: Sequence[float]) -> tuple[float, float]:
+def check_interval(
+    name: str, interval: Sequence[float], number: int | None = None
+) -> tuple[float, float]:
     """An interval of a run of steps: fractions [start, end).
 
+    Args:
+        name: of its knob, for the message.
+        interval: start and end.
+        number: of the run's steps, of which it must hold one; None: nothing acts in it.
+
     Raises:
-        ValueError: it is not two numbers with 0 <= start < end <= 1.
+        ValueError: it is not two numbers with 0 <= start < end <= 1, or holds no step.
 
     Source: engineering choice.
     """
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise ValueError(f"{name}: {list(interval)} is not [start, end], 0 <= start < end <= 1")
+    if number is not None and not any(steps_inside(interval, number)):
+        raise ValueError(
+            f"{name}: {list(interval)} holds none of num_inference_steps: {number} steps, which "
+            f"begin at 0, 1/{number}, …"
+        )
     return float(interval[0]), float(interval[1])
 
 
@@ -161,17 +173,11 @@ class VariantInferer(Inferer):
         self.decoder = load_decoder(decoder, backbone)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
-        self.guidance_interval = check_interval("guidance_interval", guidance_interval)
+        guided = num_inference_steps if guidance_scale > 1 else None
+        self.guidance_interval = check_interval("guidance_interval", guidance_interval, guided)
         self.control_scale = control_scale
-        self.control_interval = check_interval("control_interval", control_interval)
-        acting = {"guidance_interval": guidance_scale > 1, "control_interval": control_scale != 0}
-        for name, acts in acting.items():
-            interval = getattr(self, name)
-            if acts and not any(steps_inside(interval, num_inference_steps)):
-                raise ValueError(
-                    f"{name}: {list(interval)} holds none of num_inference_steps: "
-                    f"{num_inference_steps} steps, which begin at 0, 1/{num_inference_steps}, …"
-                )
+        controlled = num_inference_steps if control_scale != 0 else None
+        self.control_interval = check_interval("control_interval", control_interval, controlled)
         self.run_network = AutocastInferer(precision=precision)
 
     def __call__(

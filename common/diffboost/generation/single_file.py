@@ -56,6 +56,18 @@ def _key_groups(path: str, size: int, changed_ns: int) -> dict[str, int]:
     return dict(Counter(groups))
 
 
+def holds_unet(path: str | Path) -> bool:
+    """Whether weights of a branch bring a UNet with them, in our layout or the original one.
+
+    Args:
+        path: the file.
+
+    Source: engineering choice.
+    """
+    groups = key_groups(path)
+    return bool(groups["unet."] or groups[PREFIXES["unet"]])
+
+
 def refuse_layout(path: str | Path, understood: str, key: str) -> ValueError:
     """The error for a checkpoint of unknown layout: its key groups, and what is understood."""
     groups = ", ".join(f"{name}* ({count})" for name, count in key_groups(path).most_common(12))
