@@ -12,7 +12,7 @@ from diffboost import plans
 from diffboost.cost import units
 from diffboost.cost.configs import parse, value
 from diffboost.cost.ratio import passes_of, search_bound, training_flops
-from diffboost.cost.stage import Stage
+from diffboost.cost.stage import Stage, plain_stage
 from diffboost.cost.units import Unit
 from diffboost.data.splits import select
 from diffboost.plans import Experiment
@@ -95,7 +95,7 @@ class StudyCost:
         study, number = self.experiment, len(self.index)
         unit = self._edges(study.edges, study.image_size, study.hed_size_px)
         disk = number * (2 + 1 + 1) * study.image_size**2  # 16-bit image, label, edge
-        return _stage("prepare", number, unit, disk_bytes=disk)
+        return plain_stage("prepare", number, unit, disk_bytes=disk)
 
     def _latents(self, stage: str, parser, number: int, prompts: int, fold=None) -> Stage:
         """The cache of latents: every copy encoded, every prompt embedded, once."""
@@ -108,7 +108,7 @@ class StudyCost:
         disk = images * (2 * channels * height * width * wide + size**2)  # moments, 8-bit edge
         disk += (prompts + 1) * tokens * text_width * 4 + number * 4  # embeddings and whose
         disk += 4 * NPY_HEADER
-        row = _stage(stage, images, unit, fold=fold, disk_bytes=disk)
+        row = plain_stage(stage, images, unit, fold=fold, disk_bytes=disk)
         return replace(row, flops=row.flops + (prompts + 1) * text.flops)
 
     def _training(self, stage: str, parser, number: int, drop_last: bool, fold=None) -> Stage:
@@ -120,7 +120,7 @@ class StudyCost:
         if drop_last:
             number -= number % together
         steps = epochs * -(-number // together)
-        row = _stage(stage, epochs * number, unit, fold=fold, steps=steps)
+        row = plain_stage(stage, epochs * number, unit, fold=fold, steps=steps)
         row = replace(row, disk_bytes=unit.saved_bytes)
         if value(parser, "cache_latents", True):
             return row
@@ -144,7 +144,9 @@ class StudyCost:
         taken = select(self.index, fold, "training_fold", num_cases=study.num_cases)
         number = len(select(self.index, fold, "training_fold")) - len(taken)
         unit = self._edges(study.edges, size, study.hed_size_px)
-        yield _stage("prepare_unlabelled", number, unit, fold=fold, disk_bytes=number * 3 * size**2)
+        yield plain_stage(
+            "prepare_unlabelled", number, unit, fold=fold, disk_bytes=number * 3 * size**2
+        )
         if value(parser, "cache_latents", True):
             yield self._latents("unlabelled_latents", parser, number, 1, fold)
         yield self._training("train_on_unlabelled", parser, number, False, fold)
@@ -181,7 +183,7 @@ class StudyCost:
         checked = self._slices(fold, "inner_validation", parser, min_foreground_px=False)
         counts = (len(varied), len(trained), len(checked))
         ratio, flops, unit = search_bound(synthesis, parser, search, arm, *counts)
-        return ratio, [replace(_stage("probes", 0, unit, "at most", fold), flops=flops)]
+        return ratio, [replace(plain_stage("probes", 0, unit, "at most", fold), flops=flops)]
 
     def _synthesis(self, setting: plans.Setting, fold: int, ratio: int | None = None) -> Stage:
         study = self.experiment
@@ -192,19 +194,14 @@ class StudyCost:
         number = len(self._slices(fold, "training", parser)) * (ratio or value(parser, "ratio"))
         disk = number * 2 * study.image_size**2
         what = f"at most ratio {ratio}" if ratio else _label(setting)
-        row = _stage("synthesize", number, unit, what, fold, disk_bytes=disk)
+        row = plain_stage("synthesize", number, unit, what, fold, disk_bytes=disk)
         passed = -(-number // unit.batch_size) * unit.batch_size  # the last batch is filled up
         measured = min(number, value(parser, "num_measured", 0))
         edges = self._edges(study.edges, study.image_size, study.hed_size_px)
         flops = passed * unit.flops + measured * edges.flops
         if plans.synthesis_knobs(study, setting).get("quality_filter"):
             knobs = plans.segmentation_knobs(study, plans.BASE, "baseline")
-            forward = self._once(
-                ("filter", repr(knobs)),
-                lambda: units.segmenter_inference(
-                    self._segmentation_parser(study.networks[0], knobs)
-                ),
-            )
+            forward = self._segmenter_pass(study.networks[0], knobs)
             flops += number * (edges.flops + forward.flops)
         return replace(row, flops=flops)
 
@@ -215,15 +212,15 @@ class StudyCost:
         network = plans.segmentation_network(study, segmenter.setting)
         parser = self._segmentation_parser(network, knobs)
         passes = passes_of(arm, parser)
-        key = (network, passes, repr({k: v for k, v in knobs.items() if k not in FREE_KNOBS}))
-        training = self._once(("train", *key), lambda: units.segmenter_training(parser, passes))
-        forward = self._once(("test", *key), lambda: units.segmenter_inference(parser))
+        key = ("train", network, passes, _counted(knobs))
+        training = self._once(key, lambda: units.segmenter_training(parser, passes))
+        forward = self._segmenter_pass(network, knobs)
         number = len(self._slices(fold, "training", parser))
         epochs, batch = (value(parser, key) for key in ("epochs", "batch_size"))
         batch *= study.processes
         what = " ".join(filter(None, (arm, _label(segmenter.setting))))
         two = arm == plans.SYNTHETIC_THEN_REAL
-        row = _stage(
+        row = plain_stage(
             "train_segmentation", epochs * number, training, what, fold, segmenter.seed,
             epochs * -(-number // batch), training.saved_bytes * (2 if two else 1),
         )  # fmt: skip
@@ -232,7 +229,13 @@ class StudyCost:
         yield replace(row, flops=training_flops(parser, training, forward, number, checked))
         tested = self._slices(fold, "test", parser, min_foreground_px=False)
         disk = int(tested.pixels.sum())  # a byte a voxel
-        yield _stage("evaluate", len(tested), forward, what, fold, segmenter.seed, 0, disk)
+        yield plain_stage("evaluate", len(tested), forward, what, fold, segmenter.seed, 0, disk)
+
+    def _segmenter_pass(self, network: str, knobs: Mapping) -> Unit:
+        """What a segmenter's plain pass of a slice costs."""
+        parser = self._segmentation_parser(network, knobs)
+        key = ("test", network, _counted(knobs))
+        return self._once(key, lambda: units.segmenter_inference(parser))
 
     def _segmentation_parser(self, network: str, knobs: Mapping):
         files = [self.configs["segmentation"]]
@@ -250,7 +253,7 @@ class StudyCost:
         knobs = {name: study.pretrain.get(name) or {} for name in ("prepare", "train", "pix2pix")}
         if self.num_pretraining is not None:
             unit = self._edges(study.edges, size, study.hed_size_px)
-            row = _stage("prepare_tree", self.num_pretraining, unit)
+            row = plain_stage("prepare_tree", self.num_pretraining, unit)
             yield replace(row, disk_bytes=row.images * size**2)
             fraction = knobs["prepare"].get("validation_fraction", 0.01)
             training = round(self.num_pretraining * (1 - fraction))
@@ -268,7 +271,7 @@ class StudyCost:
             [self.configs["pretrain.evaluate"]], {"backbone": study.backbone} | settings | knobs
         )
         number, unit = min(held_out, value(parser, "num_images")), units.sampling(parser)
-        yield _stage("evaluate_images", number, unit, disk_bytes=2 * number * 2 * size**2)
+        yield plain_stage("evaluate_images", number, unit, disk_bytes=2 * number * 2 * size**2)
 
     def _pix2pix(self, knobs: Mapping, number: int) -> Stage:
         """The training of Table 1's baseline on so many slices."""
@@ -278,23 +281,14 @@ class StudyCost:
         together = batch * self.experiment.processes
         updates = number // together  # an incomplete last one is left out
         images = epochs * updates * together
-        row = _stage("train_pix2pix", images, unit, steps=epochs * updates)
+        row = plain_stage("train_pix2pix", images, unit, steps=epochs * updates)
         return replace(row, disk_bytes=unit.saved_bytes)
+
+
+def _counted(knobs: Mapping) -> str:
+    """The knobs of a segmenter that its FLOPs depend on, as a text."""
+    return repr({key: value for key, value in knobs.items() if key not in FREE_KNOBS})
 
 
 def _label(setting: plans.Setting) -> str:
     return f"{setting.knob}={setting.value}" if setting.knob else ""
-
-
-def _stage(
-    stage: str,
-    images: int,
-    unit: Unit,
-    what: str = "",
-    fold: int | None = None,
-    seed: int | None = None,
-    steps: int = 0,
-    disk_bytes: int = 0,
-) -> Stage:
-    flops = images * unit.flops
-    return Stage(stage, what, fold, seed, images, steps, unit, flops, disk_bytes)

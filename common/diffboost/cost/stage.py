@@ -31,3 +31,24 @@ class Stage:
     flops: float
     disk_bytes: int
     float32_flops: float = 0.0
+
+
+def plain_stage(
+    stage: str,
+    images: int,
+    unit: Unit,
+    what: str = "",
+    fold: int | None = None,
+    seed: int | None = None,
+    steps: int = 0,
+    disk_bytes: int = 0,
+) -> Stage:
+    """A stage that does nothing but pass images: its FLOPs are those of a unit each.
+
+    Args:
+        stage, images, unit, what, fold, seed, steps, disk_bytes: see :class:`Stage`.
+
+    Source: engineering choice.
+    """
+    flops = images * unit.flops
+    return Stage(stage, what, fold, seed, images, steps, unit, flops, disk_bytes)
