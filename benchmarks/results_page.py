@@ -131,6 +131,11 @@ def table(metrics: pd.DataFrame, reference: str) -> list[dict]:
     return rows
 
 
+def joined_arm(reference: str) -> str:
+    """The arm that joins variants with a classical arm."""
+    return "diffboost" if reference == "baseline" else f"diffboost+{reference}"
+
+
 def repeated_look(metrics: pd.DataFrame, reference: str, number: int) -> dict:
     """The paired gain in Dice of the joined arm at the level that an n-th look leaves, 0.05 / n.
 
@@ -142,8 +147,7 @@ def repeated_look(metrics: pd.DataFrame, reference: str, number: int) -> dict:
     Returns:
         arm; number; confidence (percent); ci (over cases) and training_ci (over cases and seeds).
     """
-    arm = "diffboost" if reference == "baseline" else f"diffboost+{reference}"
-    confidence = 1 - 0.05 / number
+    arm, confidence = joined_arm(reference), 1 - 0.05 / number
     values = case_values(metrics)
     gains = (values.loc[arm, "dice"] - values.loc[reference, "dice"]).dropna().to_numpy()
     over_seeds = training_interval(metrics, arm, reference, "dice", confidence)
@@ -228,7 +232,7 @@ def write_page(output_dir: Path) -> None:
             draw_curves(present, output_dir / figures[organ], sizes)
     cases = {}
     for name, reference in references.items():
-        arm = "diffboost" if reference == "baseline" else f"diffboost+{reference}"
+        arm = joined_arm(reference)
         if name in studies and {arm, reference} <= set(studies[name].arm):
             cases[name] = f"cases_{name}.svg"
             draw_cases(studies[name], arm, reference, output_dir / cases[name])

@@ -1,7 +1,7 @@
 """The paper's tables and figures of a study: Table 2, Figures 4, 6 and 7, as files."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +11,7 @@ from monai.bundle import ConfigParser
 
 from diffboost import plans, results, statistics
 from diffboost.data.slices import read_store
+from diffboost.data.tasks import length_unit
 from diffboost.figures import BASELINE_COLOR, STYLE, arm_colors
 from diffboost.files import write_aside
 from diffboost.pictures import merge_picture
@@ -62,11 +63,6 @@ def table2_rows(metrics: pd.DataFrame, arms: list[str]) -> pd.DataFrame:
                     row |= {"verdict": statistics.verdict(to_baseline)}
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def length_unit(task: Mapping) -> str:
-    """What distances are in: px for 2D images, whose pixels have no known size; mm for volumes."""
-    return "px" if task["layout"] == "pairs" else "mm"
 
 
 def table2_text(rows: pd.DataFrame, unit: str) -> str:

@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -199,23 +198,19 @@ def _refuse_other_weights(store_dir: Path, wanted: Mapping, weights: str | Path 
     """Raises FileExistsError where a finished store's edges were made by other weights."""
     if weights is None:  # whatever the cache or the hub has: the store is not made anew for it
         return
-    choice, made_by = wanted["preprocessing"], read_store(store_dir).header["preprocessing"]
-    found = load_edge_detector(choice["edges"], weights, choice["hed_size_px"]).weights_sha256
-    if found != made_by["edge_weights_sha256"]:
+    made_by = read_store(store_dir).header["preprocessing"]["edge_weights_sha256"]
+    found = _load_detector(wanted, weights, "cpu").weights_sha256
+    if found != made_by:
         raise FileExistsError(
             f"store_dir: {store_dir} holds another store: its edges were made by weights of hash "
-            f"{made_by['edge_weights_sha256'][:12]}, edge_weights {weights} has {found[:12]}; "
-            "choose a new folder"
+            f"{made_by[:12]}, edge_weights {weights} has {found[:12]}; choose a new folder"
         )
 
 
 def _load_detector(wanted: Mapping, weights: str | Path | None, device) -> EdgeDetector:
-    """The edge detector; one process fetches its weights before the others look for them."""
+    """The edge detector that is wanted."""
     choice = wanted["preprocessing"]
-    load = partial(load_edge_detector, choice["edges"], weights, choice["hed_size_px"], device)
-    detector = load() if is_main_process() else None
-    wait_for_processes()
-    return detector or load()
+    return load_edge_detector(choice["edges"], weights, choice["hed_size_px"], device)
 
 
 def _write_cases(
@@ -225,8 +220,7 @@ def _write_cases(
 
     With a key its cases have pseudonyms.
     """
-    choice = wanted["preprocessing"]
-    detector = load_edge_detector(choice["edges"], edges[0], choice["hed_size_px"], edges[1])
+    detector = _load_detector(wanted, *edges)
     weights = {"weights": detector.weights_sha256}
     with partial_store(store_dir, {**_shown(wanted, key), **weights}) as partial_dir:
         root = partial_dir / wanted["source_dir"]
@@ -247,7 +241,10 @@ def _write_cases(
 
 def _write_tree(store_dir: Path, wanted: Mapping, edges: tuple, limits: Mapping) -> None:
     """Writes a tree's store together with all processes; goes on with one that was interrupted."""
-    detector = _load_detector(wanted, *edges)
+    # one process fetches its weights before the others look for them
+    detector = _load_detector(wanted, *edges) if is_main_process() else None
+    wait_for_processes()
+    detector = detector or _load_detector(wanted, *edges)
     weights = {"weights": detector.weights_sha256}
     with partial_store(store_dir, {**wanted, **weights}) as partial_dir:
         root = partial_dir / wanted["source_dir"]

@@ -15,6 +15,7 @@ from diffboost import exhibits, figures, pictures, results, statistics
 from diffboost.classical import against_best_classical
 from diffboost.data.slices import SliceStore, read_store
 from diffboost.data.tables import read_csv
+from diffboost.data.tasks import length_unit
 from diffboost.exhibits import METRIC_NAMES
 from diffboost.plans import BASE, Experiment, ablated_knobs, segmenters, settings, synthetic_dir
 
@@ -129,7 +130,7 @@ def render(
         experiment_text=yaml.safe_dump(dataclasses.asdict(experiment), sort_keys=False),
         summary=summary,
         header=store.header,
-        length_unit=exhibits.length_unit(store.header["task"]),
+        length_unit=length_unit(store.header["task"]),
         num_runs=sum(len(segmenters(experiment, setting)) for setting in settings(experiment)),
         metric_names={
             key: name for key, name in METRIC_NAMES.items() if key in summary["arms"][arms[0]]

@@ -181,7 +181,7 @@ def read_edge_agreement(run_dir: Path) -> dict | None:
 
     Source: engineering choice
     """
-    paths = sorted(run_dir.glob("fold*/synthetic_store/edge_agreement.json"))
+    paths = [path for _, path in _by_fold(run_dir, "synthetic_store/edge_agreement.json")]
     if not paths:
         return None
     found = pd.DataFrame([read_json(path, "edge agreement", nan=True) for path in paths])
@@ -195,8 +195,8 @@ def read_ratios(run_dir: Path) -> dict[str, dict]:
 
     Source: engineering choice
     """
-    paths = sorted(run_dir.glob(f"fold*/synthetic_store/{DECISION}"))
-    return {path.parts[-3]: read_json(path, "ratio", nan=True) for path in paths}
+    found = _by_fold(run_dir, f"synthetic_store/{DECISION}")
+    return {fold: read_json(path, "ratio", nan=True) for fold, path in found}
 
 
 def read_training_logs(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

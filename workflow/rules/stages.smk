@@ -81,7 +81,8 @@ def synthesis_run(wildcards):
         "num_cases": STUDY.num_cases,
     }
     knobs = plans.synthesis_knobs(STUDY, SETTINGS[wildcards.setting])
-    knobs |= {key: value for key, value in STUDY.prepare.items() if key == "edge_weights"}
+    if "edge_weights" in STUDY.prepare:
+        knobs["edge_weights"] = STUDY.prepare["edge_weights"]
     filtered = filter_settings(wildcards)
     if not is_auto(STUDY):
         return run(scaled("synthesis"), settings | filtered, knobs, "multi_gpu_inference")

@@ -48,6 +48,17 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in TASKS_DIR.glob("*.yaml"))
 
 
+def length_unit(task: Mapping) -> str:
+    """What distances are in: px for 2D images, whose pixels have no known size; mm for volumes.
+
+    Args:
+        task: what ``read_task`` gives.
+
+    Source: engineering choice.
+    """
+    return "px" if task["layout"] == "pairs" else "mm"
+
+
 def slicing(task: Mapping) -> dict:
     """What of a task decides which slices are cut from a file, their gray values and classes.
 

@@ -7,7 +7,7 @@ import pandas as pd
 
 from diffboost.data.documents import read_config, read_json
 from diffboost.data.slices import SliceStore, read_store
-from diffboost.data.tasks import AXCODES, VOLUMES, read_task, task_names
+from diffboost.data.tasks import AXCODES, VOLUMES, length_unit, read_task, task_names
 from diffboost.generation.backbones import load_config, resolve_backbone
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.release.blocks import set_blocks, set_section
@@ -49,7 +49,7 @@ def apply_run(release: Path, run: Path, license: str | None) -> dict[str, list[s
     copy_model(run, release)
     changed = {"models/model.pt": ["weights"], "models/lineage.json": ["lineage"]}
     changed |= _change_configs(release, knobs, overlay)
-    figures = _figures(run, "mm" if store.header["task"]["layout"] in VOLUMES else "px")
+    figures = _figures(run, length_unit(store.header["task"]))
     changed["configs/metadata.json"] = _change_metadata(release, store, knobs, record, figures)
     text = Path(license).read_text(encoding="utf-8")
     (release / "docs" / "data_license.txt").write_text(text, encoding="utf-8")
