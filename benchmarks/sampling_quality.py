@@ -38,6 +38,7 @@ from diffboost.statistics import case_values, paired_difference
 GUIDED = {"scheduler": "ddim", "num_inference_steps": 20, "decoder": "own"}
 PRESETS = {
     "fast": {},
+    "unipc": {"scheduler": "unipc"},  # the fast one until 0.9.0
     "ddim20_guidance2": GUIDED | {"guidance_scale": 2.0},
     "ddim20_guidance9": GUIDED | {"guidance_scale": 9.0},
 }

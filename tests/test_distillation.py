@@ -211,13 +211,17 @@ def test_a_student_makes_variants_with_lcm_alone(folder, student):
     for name in manifest.image:  # the second step draws noise, for each variant its own
         pair = (np.asarray(Image.open(path / name)).astype(int) for path in (store, other))
         assert abs(np.subtract(*pair)).max() <= 32, name  # of 65535: sums in another order
-    match = "scheduler: 'unipc' does not fit .*student, which predicts consistency; allowed: lcm"
+    match = (
+        "scheduler: 'unipc_karras' does not fit .*student, which predicts consistency; allowed: lcm"
+    )
     with refused(match):
         synthesize(folder, student, "wrong")
 
 
 def test_a_plain_generator_refuses_lcm(folder, generator):
-    match = "'lcm' does not fit .* predicts noise; allowed: ddim, dpm\\+\\+, unipc, euler"
+    match = (
+        "'lcm' does not fit .* predicts noise; allowed: ddim, dpm\\+\\+, unipc, unipc_karras, euler"
+    )
     with refused(match):
         synthesize(folder, generator, "wrong", scheduler="lcm")
 

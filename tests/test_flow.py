@@ -86,7 +86,7 @@ def test_a_flow_generator_says_so_and_is_sampled_by_flow_alone(folder, generator
     knobs = {"scheduler": "flow", "ratio": 1, "inner_fraction": 0}
     store = synthesize(folder, generator, "synthetic", **knobs)
     assert len(list((store / "images").iterdir())) == 2 * 3
-    with refused("'unipc' does not fit .* which predicts flow; allowed: flow"):
+    with refused("'unipc_karras' does not fit .* which predicts flow; allowed: flow"):
         synthesize(folder, generator, "wrong", inner_fraction=0)
     with refused("'flow' does not fit .* which predicts noise; allowed: ddim"):
         synthesize(folder, noise, "wrong", **knobs)

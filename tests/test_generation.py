@@ -293,7 +293,7 @@ def test_half_precision_moves_a_variant_a_little(backbone):
         VariantInferer(backbone, precision="bf16")
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "unipc", "euler"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "unipc", "unipc_karras", "euler"])
 def test_guidance_of_equal_prompts_changes_nothing(backbone, scheduler):
     network = ControlledUNet(backbone).eval()
     noise, context = torch.randn(1, 4, 8, 8), torch.randn(1, 12, 16)

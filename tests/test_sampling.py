@@ -67,7 +67,7 @@ def counted(run) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "unipc", "euler"])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++", "unipc", "unipc_karras", "euler"])
 @pytest.mark.parametrize(
     ("scale", "guidance", "control"),
     [(1.0, (0, 1), (0, 1)), (5.0, (0, 1), (0, 1)), (5.0, (0.25, 0.75), (0, 0.5))],
@@ -80,6 +80,17 @@ def test_images_are_those_of_the_plain_loop(backbone, network, scheduler, scale,
     )
     inferer = VariantInferer(backbone, scheduler, 4, scale, guidance, control_interval=control)
     torch.testing.assert_close(inferer(network=network, **conditions), expected, atol=1e-5, rtol=0)
+
+
+def test_karras_spaces_noise_levels_by_the_seventh_root(backbone):
+    """Karras et al. 2022, equation 5, over the levels that the generator was trained on."""
+    scheduler = load_scheduler(backbone, "unipc_karras")
+    trained = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5
+    roots = torch.linspace(trained[-1] ** (1 / 7), trained[0] ** (1 / 7), 5)
+    scheduler.set_timesteps(5)
+    torch.testing.assert_close(scheduler.sigmas[:-1], roots**7, rtol=1e-4, atol=0)
+    assert scheduler.sigmas[-1] == 0 and scheduler.timesteps[0] == 999
+    assert VariantInferer(backbone).scheduler == "unipc_karras"
 
 
 def test_no_flop_of_hint_and_text_is_spent_twice(backbone, network):

@@ -164,7 +164,7 @@ def test_latent_diffusion_file_gets_a_new_branch_from_its_encoder(parts, files):
         assert (network(**given) - plain).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "unipc", "euler"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++", "unipc", "unipc_karras", "euler"])
 def test_a_backbone_is_sampled_at_the_same_timesteps_in_every_layout(tmp_path, sampler):
     """As a single file its schedule's defaults passed for its own choices."""
     folder, single = tmp_path / "folder", tmp_path / "single" / "model.safetensors"

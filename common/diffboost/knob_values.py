@@ -23,7 +23,7 @@ WORDS = {
     "optimizer_name": ("adamw", "adamw8bit"),
     "precision": ("float32", "bfloat16", "float16"),
     "latent_precision": ("float16", "float32"),
-    "scheduler": ("ddim", "dpm++", "unipc", "euler", "lcm", "flow"),
+    "scheduler": ("ddim", "dpm++", "unipc", "unipc_karras", "euler", "lcm", "flow"),
     "noise_address": ("case", "variant", "volume"),
     "merge": ("logits", "images"),
     "selection": ("inner_validation", "test"),

@@ -153,7 +153,7 @@ class VariantInferer(Inferer):
     def __init__(
         self,
         backbone: str,
-        scheduler: str = "unipc",
+        scheduler: str = "unipc_karras",
         num_inference_steps: int = 5,
         guidance_scale: float = 1.0,
         guidance_interval: Sequence[float] = WHOLE_RUN,

@@ -47,13 +47,14 @@ SCHEDULERS = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, {}),
+    "unipc_karras": (UniPCMultistepScheduler, {"use_karras_sigmas": True}),
     "euler": (EulerDiscreteScheduler, {}),
     "lcm": (LCMScheduler, {}),
     "flow": (FlowScheduler, {}),
 }
 # What lineage.json calls `prediction`, and what can sample it.
 SCHEDULERS_OF = {
-    "noise": ("ddim", "dpm++", "unipc", "euler"),
+    "noise": ("ddim", "dpm++", "unipc", "unipc_karras", "euler"),
     "flow": ("flow",),
     "consistency": ("lcm",),
 }
@@ -64,13 +65,15 @@ def load_scheduler(backbone: str, scheduler: str):
 
     Args:
         backbone: brings the noise schedule; ``flow`` takes only its number of timesteps.
-        scheduler: ddim (paper), dpm++, unipc, euler; lcm for a distilled generator; flow for one
-            that was trained with ``objective: flow``.
+        scheduler: ddim (paper), dpm++, unipc, unipc_karras, euler; lcm for a distilled generator;
+            flow for one that was trained with ``objective: flow``.
 
     Raises:
         ValueError: the scheduler is none of these.
 
-    Source: released code samples with DDIM, eta 0 (facts 18); the others are diffusers'.
+    Source: released code samples with DDIM, eta 0 (facts 18); the others are diffusers';
+    ``unipc_karras`` spaces its noise levels by Karras et al. 2022, equation 5, from the schedule's
+    highest to its lowest, the others by equal steps of time.
     """
     return build_scheduler(scheduler, load_part(backbone, "scheduler").config)
 
