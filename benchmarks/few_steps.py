@@ -9,7 +9,7 @@ distance of intensities in [-1, 1] to the image of the reference preset (DDIM 20
 released code's prompt mix), to that of DDIM 20 without guidance, and to the source slice; sharpness
 (mean absolute difference of neighboring pixels over that of the source), for a blurred image is
 near to all others; and seconds a variant (median of the batches). The last line is JSON; ours is
-the student in two steps, the peer the fast preset (UniPC 5). It promises no equality.
+the student in two steps, the peer the fast preset (UniPC 5, Karras). It promises no equality.
 """
 
 import argparse
@@ -35,11 +35,12 @@ from diffboost.generation.synthesis import (
 )
 
 BATCH_SIZE = 16
-FAST, FEW = "teacher UniPC 5", "student LCM 2"
+FAST, FEW = "teacher UniPC 5, Karras", "student LCM 2"
 PLAIN, REFERENCE = "teacher DDIM 20", "teacher DDIM 20, guidance 9"
 # name: (student?, scheduler, steps, guidance)
 PRESETS = {
-    FAST: (False, "unipc", 5, 1.0),
+    FAST: (False, "unipc_karras", 5, 1.0),
+    "teacher UniPC 5": (False, "unipc", 5, 1.0),
     "teacher UniPC 6": (False, "unipc", 6, 1.0),
     "teacher UniPC 4": (False, "unipc", 4, 1.0),
     "teacher UniPC 2": (False, "unipc", 2, 1.0),
