@@ -174,6 +174,8 @@ def test_defaults_are_filled_in(read):
         ({"segmentation": {"learning_rate": "1e-5"}}, "a number is needed (1.0e-5, not 1e-5)"),
         ({"segmentation": {"merge": {"a": 1}}}, "merge: {'a': 1}; one value is needed"),
         ({"synthesis": 8}, "synthesis: 8; `key: value` lines"),
+        ({"name": 2024}, "name: 2024; a text is needed"),
+        ({"dataset_dir": " "}, "dataset_dir: ' '; a text is needed"),
         ({"segmentation": {"inner_fraction": 0.3}}, "need the same, or the generator sees cases"),
         ({"synthesis": {"quality_filter": 1}}, "quality_filter: 1; allowed: true, false"),
         (
@@ -193,6 +195,14 @@ def test_defaults_are_filled_in(read):
 def test_what_is_wrong_is_named(read, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         read(**changes)
+
+
+def test_an_empty_heading_is_named(read, tmp_path):
+    read()
+    path = tmp_path / "experiment.yaml"
+    path.write_text(path.read_text() + "arm_epochs:\n")
+    with pytest.raises(ValueError, match="arm_epochs: None; `key: value` lines are needed"):
+        read_experiment(path)
 
 
 def test_knobs_that_the_study_sets_are_not_offered(read):

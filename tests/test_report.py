@@ -265,6 +265,16 @@ def test_the_command_writes_the_report(monkeypatch, run_dir):
     assert (run_dir / "report" / "index.html").is_file()
 
 
+def test_a_figure_that_the_study_does_not_order_is_refused(run_dir, tmp_path):
+    """Figures 6 and 7 ended in a traceback where there is nothing to draw."""
+    written = yaml.safe_load((run_dir / "experiment.yaml").read_text())
+    written |= {"ablations": {}, "network": "unet"}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(written))
+    for only, needed in (("figure6", "a list in synthesis"), ("figure7", "a list of networks")):
+        with pytest.raises(SystemExit, match=f"target: {only} needs {needed}"):
+            cli.report(str(tmp_path), only)
+
+
 @pytest.mark.parametrize("arms", [["baseline"], ["baseline", "nnunet"]])
 def test_a_list_that_reaches_baseline_alone_has_no_figure_6(arms):
     """The report ended with an IndexError where another arm stood beside it."""

@@ -105,12 +105,14 @@ def report(run_dir: str, only: str | None = None, tracking: str | None = None) -
     # pandas, matplotlib and torch take seconds
     from diffboost.exhibits import EXHIBITS
     from diffboost.report import write_report
+    from diffboost.results import read_experiment_as_run
 
     if tracking not in (None, "mlflow") or (tracking and only):
         raise SystemExit(f"tracking: {tracking!r}; allowed: mlflow, for the whole report")
     try:
         if only is not None:
             refuse_unknown({only: "only"}, EXHIBITS, "report")
+            check_target(read_experiment_as_run(Path(run_dir)), only)
             EXHIBITS[only](Path(run_dir))
             return
         write_report(run_dir)

@@ -126,7 +126,8 @@ def _check_mappings(written: Mapping, path: Path) -> None:
     """Raises ValueError on a section that is no mapping, and on unknown parts of `pretrain`."""
     for section in (*SECTIONS, "arm_epochs", "pretrain", "unlabelled", "ablations"):
         value = written.get(section, {})
-        if not isinstance(value, dict) and (value is not None or section in SECTIONS):
+        needed = section in (*SECTIONS, "arm_epochs")
+        if not isinstance(value, dict) and (value is not None or needed):
             raise ValueError(f"{path}: {section}: {value!r}; `key: value` lines are needed")
     refuse_unknown(written.get("ablations") or {}, ABLATED, f"{path}: ablations")
     pretrain = written.get("pretrain") or {}
@@ -228,7 +229,11 @@ def _check_selection(experiment: Experiment, path: Path) -> None:
 
 def _check_values(experiment: Experiment, path: Path) -> None:
     """Raises ValueError on a value outside what its key allows; the message names both."""
-    if not re.fullmatch(r"[\w.-]*[\w-][\w.-]*", str(experiment.name)):
+    for key in ("name", "task", "dataset_dir", "backbone"):
+        value = getattr(experiment, key)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{path}: {key}: {value!r}; a text is needed, in quotes if a number")
+    if not re.fullmatch(r"[\w.-]*[\w-][\w.-]*", experiment.name):
         raise ValueError(f"{path}: name: {experiment.name!r}; allowed: letters, digits, _ - .")
     if experiment.scale not in SCALES:
         raise ValueError(
