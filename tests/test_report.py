@@ -27,7 +27,12 @@ from diffboost.report import (
     signed,
     write_report,
 )
-from diffboost.results import load_metrics, read_edge_agreement, read_training_logs
+from diffboost.results import (
+    load_metrics,
+    read_costs,
+    read_edge_agreement,
+    read_training_logs,
+)
 from diffboost.statistics import (
     ablation_points,
     case_values,
@@ -123,8 +128,14 @@ def run_dir(tmp_path_factory):
     return run_dir
 
 
+def order_folds(run_dir, other, folds):
+    """Another folder with the study's experiment, for these folds."""
+    written = yaml.safe_load((run_dir / "experiment.yaml").read_text())
+    (other / "experiment.yaml").write_text(yaml.safe_dump(written | {"folds": folds}))
+
+
 def test_the_generator_of_unlabelled_images_has_its_curve(run_dir, tmp_path):
-    shutil.copyfile(run_dir / "experiment.yaml", tmp_path / "experiment.yaml")
+    order_folds(run_dir, tmp_path, [0, 1])
     for place in ("fold0/generator", "fold0/unlabelled/generator", "fold1/generator"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "training_log.csv").write_text("epoch,train_loss\n1,0.5\n")
@@ -132,8 +143,28 @@ def test_the_generator_of_unlabelled_images_has_its_curve(run_dir, tmp_path):
     assert list(generators.fold) == ["fold0", "fold1", "fold0, unlabelled"]
 
 
-def test_a_fold_of_one_case_has_no_part_in_the_agreement_with_other_cases(tmp_path):
+def test_what_an_earlier_experiment_ordered_does_not_count(run_dir, tmp_path):
+    """Folds, arms and seeds that were struck off stayed in curves, agreement and costs."""
+    order_folds(run_dir, tmp_path, [1])
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("prepare", "finetune.fold0", "finetune.fold1", "evaluate.fold1.baseline.seed0",
+                 "evaluate.fold1.baseline.seed2", "evaluate.fold1.mirror.seed0"):  # fmt: skip
+        (tmp_path / "benchmarks" / f"{name}.tsv").write_text("s\tmax_rss\n3.5\t12.0\n")
+    for fold, own in ((0, 0.1), (1, 0.8)):
+        for place in ("generator", "synthetic_store"):
+            (tmp_path / f"fold{fold}" / place).mkdir(parents=True)
+        log = tmp_path / f"fold{fold}" / "generator" / "training_log.csv"
+        log.write_text("epoch,train_loss\n1,0.5\n")
+        path = tmp_path / f"fold{fold}" / "synthetic_store" / "edge_agreement.json"
+        path.write_text(json.dumps({"own": own, "other": 0.2, "n": 10}))
+    assert read_costs(tmp_path)["jobs"].to_dict() == {"prepare": 1, "finetune": 1, "evaluate": 1}
+    assert list(read_training_logs(tmp_path)[0].fold) == ["fold1"]
+    assert read_edge_agreement(tmp_path)["own"] == 0.8
+
+
+def test_a_fold_of_one_case_has_no_part_in_the_agreement_with_other_cases(run_dir, tmp_path):
     """Its NaN counted as 0, which looks like variants that follow their own edges alone."""
+    order_folds(run_dir, tmp_path, [0, 1])
     for fold, other in (("fold0", float("nan")), ("fold1", 0.2)):
         (tmp_path / fold / "synthetic_store").mkdir(parents=True)
         path = tmp_path / fold / "synthetic_store" / "edge_agreement.json"

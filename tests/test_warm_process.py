@@ -220,6 +220,8 @@ def test_without_its_warm_process_a_stage_starts_cold(tmp_path, monkeypatch, beg
 def test_memory_of_a_warm_stage_is_read_from_its_log(tmp_path):
     for folder in ("benchmarks", "logs"):
         (tmp_path / folder).mkdir()
+    written = {"name": "a", "task": "balls", "dataset_dir": "balls", "arms": ["baseline"]}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(written))
     for stage in ("prepare", "evaluate"):
         (tmp_path / "benchmarks" / f"{stage}.tsv").write_text("s\tmax_rss\n3.5\t12.0\n")
     (tmp_path / "logs" / "prepare.log").write_text(

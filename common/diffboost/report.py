@@ -121,9 +121,8 @@ def render(
     base = metrics[metrics["knob"] == ""]
     colors = figures.arm_colors(arms)
     costs = results.read_costs(run_dir)
-    synthetic_dirs = [
-        path.parent for path in sorted(run_dir.glob("fold*/synthetic_store/manifest.parquet"))
-    ]
+    stores = [run_dir / synthetic_dir(BASE, fold) for fold in sorted(experiment.folds)]
+    synthetic_dirs = [path for path in stores if (path / "manifest.parquet").is_file()]
     has_variants = (run_dir / synthetic_dir(BASE, experiment.folds[0])).is_dir()
     return _template().render(
         experiment=experiment,

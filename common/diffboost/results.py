@@ -134,14 +134,18 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
 
     The memory of a stage that ran in the study's warm process stands in the last line of its log.
 
+    Stages of folds, arms and seeds that an earlier version of the experiment ordered do not count.
+
     Returns:
         Index stage; columns jobs (count), seconds (sum over jobs), memory_mib (largest resident set
         of a job with its child processes).
 
     Source: engineering choice
     """
-    rows = []
+    rows, experiment = [], read_experiment_as_run(run_dir)
     for path in sorted((run_dir / "benchmarks").rglob("*.tsv")):
+        if not _is_ordered(path.name, experiment):
+            continue
         table = read_csv(path, "benchmarks", ["s", "max_rss"], sep="\t", na_values="-")
         log = run_dir / "logs" / path.relative_to(run_dir / "benchmarks").with_suffix(".log")
         warm = warm_cost(log)
@@ -153,6 +157,16 @@ def read_costs(run_dir: Path) -> pd.DataFrame:
         jobs=("seconds", "size"), seconds=("seconds", "sum"), memory_mib=("rss", "max")
     )
     return costs.reindex([stage for stage in STAGES if stage in costs.index])
+
+
+def _is_ordered(benchmark: str, experiment: Experiment) -> bool:
+    """Whether a stage's file, by its name, is of a fold, arm and seed that the study orders."""
+    found = re.search(r"\.fold(\d+)(?:\.(.+)\.seed(\d+))?\.tsv$", benchmark)
+    if not found:
+        return True
+    fold, arm, seed = found.groups()
+    trained = arm is None or (arm in experiment.arms and int(seed) in experiment.seeds)
+    return int(fold) in experiment.folds and trained
 
 
 def warm_cost(log: Path) -> dict[str, float] | None:
@@ -223,8 +237,9 @@ def read_training_logs(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _by_fold(run_dir: Path, name: str) -> list[tuple[str, Path]]:
-    """(fold's name, file) of every fold that has such a file."""
-    return [(p.relative_to(run_dir).parts[0], p) for p in sorted(run_dir.glob(f"fold*/{name}"))]
+    """(fold's name, file) of every fold that the study orders and that has such a file."""
+    names = sorted(f"fold{fold}" for fold in read_experiment_as_run(run_dir).folds)
+    return [(fold, path) for fold in names if (path := run_dir / fold / name).is_file()]
 
 
 def describe_machine() -> dict:
