@@ -305,8 +305,11 @@ def test_the_release_of_a_run_says_what_it_is(run, tmp_path):
     outputs = metadata["network_data_format"]["outputs"]["pred"]
     assert outputs["channel_def"] == {"0": "background", "1": "shell", "2": "core"}
     assert (outputs["num_channels"], outputs["spatial_shape"]) == (3, [32, 32])
-    assert (made / "docs" / "data_license.txt").read_text() == "ours alone\n"
-    assert "| shell_dice | 0.625 |" in (made / "docs" / "README.md").read_text()
+    terms = (made / "docs" / "data_license.txt").read_text()
+    assert terms.startswith("ours alone\n") and "example/" in terms and "Apache-2.0" in terms
+    page = (made / "docs" / "README.md").read_text()
+    assert "| shell_dice | 0.625 |" in page and "| channels | [4, 8, 8] |" in page
+    assert "2,742,830 parameters" not in page and str(run.parent) not in page
     assert (made / "models" / "model.pt").read_bytes() == (run / "model.pt").read_bytes()
     assert "case_1" in (made / "models" / "lineage.json").read_text()
     assert not list(made.parent.glob("*.partial"))

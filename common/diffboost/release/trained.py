@@ -16,6 +16,9 @@ from diffboost.release.model import network_def
 from diffboost.results import read_case_metrics
 
 CHANGED_CONFIGS = ("inference.yaml", "train.yaml")
+# Of run.json: where things lay on the machine of training, and hashes, which lineage.json has.
+PRIVATE = ("_dir", "_sha256", "weights")
+EXAMPLE_LICENSE = "\nThe phantoms in example/ are drawn by the package diffboost, Apache-2.0.\n"
 SCHEDULERS = {"flow": "flow", "consistency": "lcm"}  # of what a generator predicts
 
 
@@ -51,10 +54,12 @@ def apply_run(release: Path, run: Path, license: str | None) -> dict[str, list[s
     changed |= _change_configs(release, knobs, overlay)
     figures = _figures(run, length_unit(store.header["task"]))
     changed["configs/metadata.json"] = _change_metadata(release, store, knobs, record, figures)
-    text = Path(license).read_text(encoding="utf-8")
+    text = Path(license).read_text(encoding="utf-8").rstrip("\n") + "\n"
+    if (release / "example").is_dir():
+        text += EXAMPLE_LICENSE
     (release / "docs" / "data_license.txt").write_text(text, encoding="utf-8")
     changed["docs/data_license.txt"] = ["license"]
-    changed["docs/README.md"] = _change_readme(release, store, figures)
+    changed["docs/README.md"] = _change_readme(release, store, record, figures)
     return changed
 
 
@@ -228,13 +233,17 @@ def _resize(formats: dict, shape: list[int]) -> None:
             formats[group][name]["spatial_shape"] = list(shape)
 
 
-def _change_readme(release: Path, store: SliceStore, figures: dict) -> list[str]:
-    """Replaces what the README says of data and performance; the sections that were changed."""
+def _change_readme(release: Path, store: SliceStore, record: dict, figures: dict) -> list[str]:
+    """Replaces what the README says of data, training and performance; the sections changed."""
     path = release / "docs" / "README.md"
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    kept = (name for name in record if not name.endswith(PRIVATE) and record[name] is not None)
+    knobs = "\n".join(f"| {name} | {json.dumps(record[name])} |" for name in kept)
     sections = {
         "Data": f"Trained on {store.header['name']}; its terms are in `data_license.txt`, and "
         "`models/lineage.json` names every case by its hash.\n",
+        "Training configuration": "The knobs that made this model; null ones are left out. GPU "
+        f"memory was not measured.\n\n| knob | value |\n|---|---|\n{knobs}\n",
         "Performance": f"Measured with this model:\n\n| figure | value |\n|---|---|\n{rows}\n",
     }
     text = path.read_text(encoding="utf-8")
