@@ -39,7 +39,8 @@ from diffboost.statistics import (
 PRIMARY = "real_breast_all"
 LONGER = ("real_breast_20_longer", "real_breast_all_longer")  # longer segmentation training
 GENERATOR = "real_breast_all_generator"  # and longer finetuning
-LOOKS = {LONGER[1]: 2, GENERATOR: 3}  # the how manieth look at the primary comparison a study is
+SAMPLER = "real_breast_all_sampler"  # or, instead, variants at other noise levels
+LOOKS = {GENERATOR: 3, LONGER[1]: 4, SAMPLER: 5}  # which look at the primary comparison a study is
 CURVES = {
     "breast": ("real_breast_20", "real_breast_40", "real_breast_80", PRIMARY),
     "breast_longer": LONGER,
@@ -56,7 +57,7 @@ MORE_TIME = {  # a study, and one whose classical arms train as long as all of i
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
 STUDIES = tuple(
-    dict.fromkeys((*sum(CURVES.values(), ()), GENERATOR, UNLABELLED, *MORE_TIME.values()))
+    dict.fromkeys((*sum(CURVES.values(), ()), GENERATOR, SAMPLER, UNLABELLED, *MORE_TIME.values()))
 )
 ORDERED = (*STUDIES, DEVELOPMENT, JOINED)
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
@@ -202,7 +203,7 @@ def write_page(output_dir: Path) -> None:
         if (present := [name for name in names if name in studies])
         for name in present
     }
-    for study in (GENERATOR, UNLABELLED):
+    for study in (GENERATOR, SAMPLER, UNLABELLED):
         if study in studies:
             references[study] = best_classical(data_dir, PRIMARY)
     tables = {name: table(studies[name], references[name]) for name in references}
@@ -211,7 +212,7 @@ def write_page(output_dir: Path) -> None:
         for study, number in LOOKS.items()
         if study in studies
     }
-    for study in (PRIMARY, LONGER[-1], GENERATOR):
+    for study in (PRIMARY, LONGER[-1], GENERATOR, SAMPLER):
         if study in studies and studies[study].fold.nunique() > 1:
             alone, name = studies[study][studies[study].fold == 0], f"{study}, fold 0 alone"
             references[name] = references[study]
