@@ -174,6 +174,10 @@ def test_defaults_are_filled_in(read):
         ({"segmentation": {"learning_rate": "1e-5"}}, "a number is needed (1.0e-5, not 1e-5)"),
         ({"segmentation": {"merge": {"a": 1}}}, "merge: {'a': 1}; one value is needed"),
         ({"synthesis": 8}, "synthesis: 8; `key: value` lines"),
+        (
+            {"arms": ["baseline", "synthetic_then_real"], "segmentation": {"epochs": 1}},
+            "epochs: 1; arm synthetic_then_real trains half of them",
+        ),
         ({"name": 2024}, "name: 2024; a text is needed"),
         ({"dataset_dir": " "}, "dataset_dir: ' '; a text is needed"),
         ({"segmentation": {"inner_fraction": 0.3}}, "need the same, or the generator sees cases"),

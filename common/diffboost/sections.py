@@ -7,7 +7,7 @@ from pathlib import Path
 from diffboost.data.documents import read_config
 from diffboost.knob_values import check_value, refuse_own, set_by_study
 from diffboost.knobs import nearest, refuse_unknown
-from diffboost.plans import DEFAULT_NETWORK, Experiment, ablated_knobs
+from diffboost.plans import DEFAULT_NETWORK, SYNTHETIC_THEN_REAL, Experiment, ablated_knobs
 from diffboost.ratio.study import fixed_knobs
 
 ABLATED = ("synthesis", "segmentation")
@@ -28,7 +28,9 @@ def check_networks(experiment: Experiment, config_files: Mapping, path: Path) ->
 
 
 def check_arm_epochs(experiment: Experiment, path: str | Path) -> None:
-    """Refuses epochs of an arm that the study lacks, or beside an ablation of epochs.
+    """Refuses epochs of an arm that the study lacks, beside an ablation of epochs, or too few.
+
+    Arm synthetic_then_real trains half of its epochs on variants, so it needs two.
 
     Args:
         experiment: the study.
@@ -49,6 +51,13 @@ def check_arm_epochs(experiment: Experiment, path: str | Path) -> None:
         raise ValueError(
             f"{path}: arm_epochs: beside a list of segmentation: epochs; only one can be"
         )
+    epochs = experiment.segmentation.get("epochs")
+    if SYNTHETIC_THEN_REAL in experiment.arms:
+        if experiment.arm_epochs.get(SYNTHETIC_THEN_REAL, epochs) == 1:
+            raise ValueError(
+                f"{path}: epochs: 1; arm {SYNTHETIC_THEN_REAL} trains half of them on variants and "
+                "needs 2 or more"
+            )
 
 
 def check_sections(experiment: Experiment, config_files: Mapping, path: Path) -> None:
