@@ -369,8 +369,10 @@ def test_an_auto_ratio_is_bounded_by_its_budget_or_its_largest(study):
         stages = plan_study(path, runs_dir=study / "runs")[1]
         return {stage.stage: stage for stage in stages if stage.stage in ("probes", "synthesize")}
 
-    whole = planned(max_ratio=10, budget={"hours": 1}, epochs=1, seeds=[0])
-    assert whole["synthesize"].what == "at most ratio 10"
+    whole = planned(max_ratio=10, budget={"hours": 1}, epochs=1, seeds=[0], min_cases=1)
+    assert whole["synthesize"].what == "at most ratio 10" and whole["probes"].flops > 0
+    few = planned(max_ratio=10, budget={"hours": 1}, epochs=1, seeds=[0])
+    assert few["synthesize"].what == "at most ratio 10" and few["probes"].flops == 0
     fixed = {**written, "synthesis": {**written["synthesis"], "ratio": 10}, "name": "small"}
     (study / "fixed.yaml").write_text(yaml.safe_dump(fixed))
     stages = plan_study(study / "fixed.yaml", runs_dir=study / "runs")[1]

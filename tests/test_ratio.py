@@ -28,7 +28,7 @@ CONFIGS = stage_configs()
 RUNGS = [1, 2, 5, 10, 20, 50]
 PRICE = Price(variants=10.0, probe=2.0, training=40.0)
 SAMPLING = {"num_inference_steps": 8, "num_measured": 1}
-SETTINGS = {"seeds": [0, 1, 2], "max_ratio": 50}
+SETTINGS = {"seeds": [0, 1, 2], "max_ratio": 50, "min_cases": 8}
 
 
 def scored(ratio, dice, noise=0.0, num_seeds=3, num_units=12):
@@ -125,6 +125,19 @@ def test_no_probes_are_made_where_variants_are_cheaper():
     assert none["reason"].startswith("36 variants a slice were made: the budget pays for no more")
 
 
+def test_the_budget_alone_decides_where_the_inner_validation_is_too_small():
+    """Two cases whose probes differ by chance ended a search that twice as many would have won."""
+    limit = 0.4 * PRICE.whole(50)
+    assert next_step(RUNGS, 0, 0.0, PRICE, limit, num_seeds=0) == (21, "few_cases")
+    assert next_step(RUNGS, 0, 0.0, PRICE, 1.0, num_seeds=0) == (1, "few_cases")
+    assert next_step(RUNGS, 0, 0.0, PRICE, math.inf, num_seeds=0) == (50, "few_cases")
+    assert reach(RUNGS, PRICE, limit, 0) == (21, [])
+    budget = Budget(0.4, "share")
+    content = decision(21, [], judge([], 0.5), "few_cases", SETTINGS, PRICE, budget)
+    assert content["flops"]["spent"] == 21 * 10 and content["flops"]["share"] <= 0.4
+    assert "the inner validation has fewer than 8 cases" in content["reason"]
+
+
 def test_what_is_done_is_not_done_again():
     rising, again = {ratio: 0.5 + ratio / 100 for ratio in RUNGS}, []
     whole = searched(rising, limit=100)
@@ -164,6 +177,28 @@ def test_hours_are_predicted_by_what_was_timed(tmp_path):
     for seconds, ratio in ((16, 2), (30, 4)):  # 16 were spent; 5 a variant, 18 the next rung
         ended = ratio_search._search(made, RUNGS, Budget(seconds, "seconds"), PRICE, 0.5)
         assert (ended[0], ended[3]) == (ratio, "budget")
+
+
+def test_hours_without_probes_are_predicted_by_the_first_variants(tmp_path):
+    class Stage:
+        def __call__(self, **settings):
+            grown.append(settings["ratio"])
+
+        def value(self, name):
+            return {"epochs": 40}[name]
+
+    grown = []
+    made = probes.Probes(tmp_path, Stage(), Stage(), [{"case": "a"}], 2, [], 10, "cpu")
+    made.grow(1)
+    made.rungs[0]["seconds"] = {"variants": 6}
+    assert made.price_in_seconds() == Price(variants=6, probe=0, training=0)
+    found = ratio_search._search(made, RUNGS, Budget(60, "seconds"), PRICE, 0.5)
+    assert (found[0], found[1], found[3]) == (10, [], "few_cases")
+    made.end_with(10, "few_cases")
+    assert grown == [1, 10]
+    again = probes.Probes(tmp_path, Stage(), Stage(), [{"case": "a"}], 2, [], 10, "cpu")
+    found = ratio_search._search(again, RUNGS, Budget(6, "seconds"), PRICE, 0.5)
+    assert (found[0], found[3]) == (10, "few_cases")  # noted, whatever a clock says now
 
 
 def test_a_search_that_was_killed_while_its_last_variants_were_made_says_why_it_ended(tmp_path):
@@ -312,6 +347,7 @@ def choose(folder, name, **knobs):
         "max_ratio": 4,
         "budget": {"tflop": 1000},
         "seeds": [0, 1],
+        "min_cases": 1,
     }
     run("auto_ratio", folder, **(settings | knobs))
     return json.loads((folder / name / "ratio.json").read_text())
@@ -353,6 +389,8 @@ def test_a_search_makes_the_store_of_its_ratio_and_goes_on_after_a_stop(ready, m
     assert [list(rung["scores"]) for rung in noted] == [["0"]]
     assert choose(ready, "again")["rungs"] == whole["rungs"]
     assert len(calls) == 5  # four probes, one of them stopped
+    few = choose(ready, "few", min_cases=8)
+    assert (few["ratio"], few["why"], few["rungs"]) == (4, "few_cases", [])
     refused = {
         "again": ({"min_gain": 1.0}, "holds another search (min_gain differ)"),
         "fixed": ({}, "is not empty and holds no ratio.json"),

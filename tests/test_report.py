@@ -346,7 +346,7 @@ def test_the_report_says_how_many_variants_are_worth_making_and_why(run_dir, tmp
     shutil.copytree(run_dir, tmp_path / "run")
     scores = [{str(s): {"a:0": d + s / 10, "a:1": d} for s in range(2)} for d in (0.5, 0.7)]
     rungs = [{"ratio": r, "scores": found} for r, found in zip((1, 2), scores, strict=True)]
-    settings = {"seeds": [0, 1], "max_ratio": 20, "epochs": 10}
+    settings = {"seeds": [0, 1], "max_ratio": 20, "epochs": 10, "min_cases": 2}
     price, budget = Price(variants=10, probe=1, training=50), Budget(0.1, "share")
     content = decision(2, rungs, judge(rungs, 0.5), "budget", settings, price, budget)
     path = tmp_path / "run/fold0/synthetic_store/ratio.json"

@@ -37,7 +37,7 @@ COUNTS = dict.fromkeys(("num_workers", "min_foreground_px", "seed"), 0) | dict.f
     (
         *("epochs", "batch_size", "accumulation", "num_copies", "num_cases", "num_images"),
         *("ratio", "max_ratio", "num_variants", "num_inference_steps", "patch_size"),
-        *("val_interval", "checkpoint_interval"),
+        *("val_interval", "checkpoint_interval", "min_cases"),
     ),
     1,
 )

@@ -181,7 +181,7 @@ class StudyCost:
         search = parse([self.configs["auto_ratio"]], study.auto_ratio)
         varied, trained = (self._slices(fold, "training", p) for p in (synthesis, parser))
         checked = self._slices(fold, "inner_validation", parser, min_foreground_px=False)
-        counts = (len(varied), len(trained), len(checked))
+        counts = (len(varied), len(trained), len(checked), checked["case"].nunique())
         ratio, flops, unit = search_bound(synthesis, parser, search, arm, *counts)
         return ratio, [replace(plain_stage("probes", 0, unit, "at most", fold), flops=flops)]
 

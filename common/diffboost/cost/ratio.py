@@ -85,6 +85,7 @@ def search_bound(
     num_varied: int,
     num_trained: int,
     num_checked: int,
+    num_checked_cases: int,
 ) -> tuple[int, float, Unit]:
     """The most that a search for the ratio can come to, if no rung ends it.
 
@@ -94,6 +95,7 @@ def search_bound(
         synthesis, segmentation, search: of ``parse``, each for its config.
         arm: of the probes.
         num_varied, num_trained, num_checked: slices, see ``search_price``.
+        num_checked_cases: those of the inner validation; with few no probes are made.
 
     Returns:
         The ratio, the FLOPs of all probes on the way there, and what a slice of a probe costs.
@@ -105,7 +107,8 @@ def search_bound(
     unit = units.segmenter_training(segmentation, passes_of(arm, segmentation))
     price = search_price(synthesis, segmentation, arm, epochs, *counts)
     budget, rungs = read_budget(value(search, "budget")), rungs_up_to(value(search, "max_ratio"))
-    num_seeds = len(value(search, "seeds"))
+    few = num_checked_cases < value(search, "min_cases")
+    num_seeds = 0 if few else len(value(search, "seeds"))
     limit = budget.limit(price, rungs[-1]) if budget.counts == "flops" else math.inf
     ratio, probed = reach(rungs, price, limit, num_seeds)
     return ratio, price.probe * num_seeds * len(probed), unit

@@ -31,7 +31,7 @@ class Probes:
         synthesis, segmenter: the two stages; settings of the search are added to theirs.
         inner: slices of the inner validation.
         num_classes: with background.
-        seeds: of the probes, the same at every rung, so that rungs are paired.
+        seeds: of the probes, the same at every rung, so that rungs are paired; none: no probes.
         epochs: of a probe.
         device: where probes are scored.
 
@@ -65,11 +65,11 @@ class Probes:
 
     def done(self) -> list[dict]:
         """The rungs whose probes are all scored."""
-        return [rung for rung in self.rungs if len(rung["scores"]) == len(self.seeds)]
+        return [r for r in self.rungs if r["scores"] and len(r["scores"]) == len(self.seeds)]
 
     def try_rung(self, ratio: int) -> dict:
         """The rung of a ratio: its scores and seconds; goes on with one that was begun."""
-        self._grow(ratio)
+        self.grow(ratio)
         rung = self.rungs[-1]
         for seed in map(str, self.seeds):
             if seed not in rung["scores"]:
@@ -83,9 +83,9 @@ class Probes:
         """Grows the store to its last ratio, without probes; noted first: a clock may differ."""
         self.last, self.why = ratio, why
         self._note()
-        self._grow(ratio)
+        self.grow(ratio)
 
-    def _grow(self, ratio: int) -> None:
+    def grow(self, ratio: int) -> None:
         """Makes the variants of a ratio, if that is not done."""
         if not self.rungs or self.rungs[-1]["ratio"] != ratio:
             start = time.perf_counter()
@@ -114,15 +114,19 @@ class Probes:
         shutil.rmtree(folder)
         return {unit_name(unit): dice for unit, dice in scores.items()}
 
+    def _timed(self) -> list[dict]:
+        """The rungs that are done, or made where there are no probes."""
+        return self.done() if self.seeds else self.rungs
+
     def spent_seconds(self) -> float:
         """Of the rungs that are done; of a stage that was stopped, only its last part."""
-        return sum(sum(rung["seconds"].values()) for rung in self.done())
+        return sum(sum(rung["seconds"].values()) for rung in self._timed())
 
     def price_in_seconds(self) -> Price:
         """What variants, a probe and a training took here, by the rungs so far."""
-        parts = [(name, took) for r in self.done() for name, took in r["seconds"].items()]
+        parts = [(name, took) for r in self._timed() for name, took in r["seconds"].items()]
         variants = sum(took for name, took in parts if name == "variants")
         probes = [took for name, took in parts if name != "variants"]
-        probe = sum(probes) / len(probes)
+        probe = sum(probes) / max(1, len(probes))
         whole = probe * self.segmenter.value("epochs") / self.epochs
-        return Price(variants / self.done()[-1]["ratio"], probe, whole)
+        return Price(variants / self._timed()[-1]["ratio"], probe, whole)

@@ -106,6 +106,9 @@ def reason(content: Mapping) -> str:
         "budget": "the budget pays for no more; too little was left to test more",
         "cheap": "the budget pays for these, and short trainings that tell whether fewer are "
         "enough would have cost more than the variants that they could save",
+        "few_cases": "as many as budget and max_ratio allow, for the inner validation has fewer "
+        f"than {content['settings']['min_cases']} cases, too few to tell a gain from chance by "
+        "short trainings",
         "max_ratio": "these are the most that were asked for",
     }[content["why"]]
     sentence = f"{content['ratio']} variants a slice were made: {ended}"

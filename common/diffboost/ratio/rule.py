@@ -46,11 +46,11 @@ def next_step(
         spent: so far, in the budget's unit.
         price: in the same.
         limit: of the budget, in the same.
-        num_seeds: probes a rung.
+        num_seeds: probes a rung; 0: the inner validation has too few cases for any.
 
     Returns:
-        The ratio (at least 1) and ``max_ratio``, ``budget`` (too little is left for probes) or
-        ``cheap`` (variants cost less than probes).
+        The ratio (at least 1) and ``max_ratio``, ``few_cases`` (no probes could tell), ``budget``
+        (too little is left for probes) or ``cheap`` (variants cost less than probes).
 
     Source: engineering choice
     """
@@ -59,6 +59,8 @@ def next_step(
     ratio = next(rung for rung in rungs if rung > last)
     paid = min(max(0.0, limit - spent) / price.variants, rungs[-1])  # the limit may be infinite
     most = max(1, min(last + int(paid), rungs[-1]))
+    if num_seeds == 0:
+        return most, "few_cases"
     if spent + price.rung(last, ratio, num_seeds) > limit:
         return most, "budget"
     if price.probe * num_seeds >= price.variants * (most - ratio):

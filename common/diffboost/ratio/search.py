@@ -39,6 +39,7 @@ def choose_ratio(
     seeds: Sequence[int],
     epochs: int | None,
     min_gain: float,
+    min_cases: int,
     num_cases: int | None = None,
     device: str | torch.device = "cpu",
 ) -> None:
@@ -59,6 +60,8 @@ def choose_ratio(
         seeds: of the probes, different whole numbers.
         epochs: of a probe; None: a quarter of the segmenter's.
         min_gain: Dice points (1 = 0.01) that a rung must add, see ``judge``.
+        min_cases: of the inner validation; with fewer no probes are made, for they could not tell a
+            gain from chance, and the budget goes into variants.
         num_cases: labelled training cases to use; None: all.
         device: where probes are scored.
 
@@ -78,6 +81,7 @@ def choose_ratio(
         "seeds": list(seeds),
         "epochs": epochs,
         "min_gain": min_gain,
+        "min_cases": min_cases,
         "synthesis": synthesis.settings | synthesis.knobs,
         "segmenter": segmenter.settings | segmenter.knobs,
         "configs": [Path(f).name for f in (*synthesis.config_files, *segmenter.config_files)],
@@ -88,10 +92,18 @@ def choose_ratio(
         return
     resume_run(search_dir, settings)
     slices = _slices(store_dir, fold, num_cases, synthesis, segmenter)
+    inner = slices["inner_validation"]
+    enough = len({item["case"] for item in inner}) >= min_cases
     probes = Probes(
-        search_dir, synthesis, segmenter, slices["inner_validation"], num_classes, seeds, epochs,
+        search_dir,
+        synthesis,
+        segmenter,
+        inner,
+        num_classes,
+        seeds if enough else [],
+        epochs,
         device,
-    )  # fmt: skip
+    )
     price = _price(synthesis, segmenter, epochs, slices)
     ratio, tried, found, why = _search(probes, rungs, allowance, price, min_gain)
     probes.end_with(ratio, why)
@@ -172,10 +184,13 @@ def _search(
         if allowance.counts == "flops":
             spent = spent_flops(price, last, len(probes.done()), num_seeds)
             return next_step(rungs, last, spent, price, limit, num_seeds)
-        if last == 0:  # nothing has been timed yet
-            return rungs[0], None
         if probes.last is not None:  # of a search that was stopped behind its last rung
             return probes.last, probes.why or "budget"  # an older version noted none
+        if last == 0 and num_seeds:  # nothing has been timed yet
+            return rungs[0], None
+        if last == 0:
+            last = rungs[0]
+            probes.grow(last)
         measured = probes.price_in_seconds()
         return next_step(rungs, last, probes.spent_seconds(), measured, limit, num_seeds)
 
