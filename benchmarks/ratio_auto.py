@@ -125,10 +125,11 @@ def train(folder: Path, ratio: int, seed: int) -> dict:
         for part in ("test", "inner_validation"):
             overlaps = slice_overlaps(network, slice_items(folder / "store", 0, part), 2, SIZE)
             found[part] = case_dice(overlaps).to_dict()
-        shutil.rmtree(folder / name)
         return found
 
-    return once(folder / f"{name}.json", job)
+    found = once(folder / f"{name}.json", job)
+    shutil.rmtree(folder / name, ignore_errors=True)  # after the record: a kill may come between
+    return found
 
 
 def choose(folder: Path, max_share: float) -> dict:
