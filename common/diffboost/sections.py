@@ -51,13 +51,12 @@ def check_arm_epochs(experiment: Experiment, path: str | Path) -> None:
         raise ValueError(
             f"{path}: arm_epochs: beside a list of segmentation: epochs; only one can be"
         )
-    epochs = experiment.segmentation.get("epochs")
-    if SYNTHETIC_THEN_REAL in experiment.arms:
-        if experiment.arm_epochs.get(SYNTHETIC_THEN_REAL, epochs) == 1:
-            raise ValueError(
-                f"{path}: epochs: 1; arm {SYNTHETIC_THEN_REAL} trains half of them on variants and "
-                "needs 2 or more"
-            )
+    halved = experiment.arm_epochs.get(SYNTHETIC_THEN_REAL, experiment.segmentation.get("epochs"))
+    if SYNTHETIC_THEN_REAL in experiment.arms and halved == 1:
+        raise ValueError(
+            f"{path}: epochs: 1; arm {SYNTHETIC_THEN_REAL} trains half of them on variants and "
+            "needs 2 or more"
+        )
 
 
 def check_sections(experiment: Experiment, config_files: Mapping, path: Path) -> None:

@@ -65,7 +65,7 @@ class Probes:
 
     def done(self) -> list[dict]:
         """The rungs whose probes are all scored."""
-        return [r for r in self.rungs if r["scores"] and len(r["scores"]) == len(self.seeds)]
+        return [rung for rung in self.rungs if len(rung["scores"]) == len(self.seeds)]
 
     def try_rung(self, ratio: int) -> dict:
         """The rung of a ratio: its scores and seconds; goes on with one that was begun."""
@@ -114,19 +114,15 @@ class Probes:
         shutil.rmtree(folder)
         return {unit_name(unit): dice for unit, dice in scores.items()}
 
-    def _timed(self) -> list[dict]:
-        """The rungs that are done, or made where there are no probes."""
-        return self.done() if self.seeds else self.rungs
-
     def spent_seconds(self) -> float:
         """Of the rungs that are done; of a stage that was stopped, only its last part."""
-        return sum(sum(rung["seconds"].values()) for rung in self._timed())
+        return sum(sum(rung["seconds"].values()) for rung in self.done())
 
     def price_in_seconds(self) -> Price:
         """What variants, a probe and a training took here, by the rungs so far."""
-        parts = [(name, took) for r in self._timed() for name, took in r["seconds"].items()]
+        parts = [(name, took) for r in self.done() for name, took in r["seconds"].items()]
         variants = sum(took for name, took in parts if name == "variants")
         probes = [took for name, took in parts if name != "variants"]
         probe = sum(probes) / max(1, len(probes))
         whole = probe * self.segmenter.value("epochs") / self.epochs
-        return Price(variants / self._timed()[-1]["ratio"], probe, whole)
+        return Price(variants / self.done()[-1]["ratio"], probe, whole)

@@ -186,15 +186,16 @@ def _search(
             return next_step(rungs, last, spent, price, limit, num_seeds)
         if probes.last is not None:  # of a search that was stopped behind its last rung
             return probes.last, probes.why or "budget"  # an older version noted none
-        if last == 0 and num_seeds:  # nothing has been timed yet
-            return rungs[0], None
-        if last == 0:
+        if last == 0:  # nothing has been timed yet
+            if num_seeds:
+                return rungs[0], None
             last = rungs[0]
             probes.grow(last)
         measured = probes.price_in_seconds()
         return next_step(rungs, last, probes.spent_seconds(), measured, limit, num_seeds)
 
-    return search(rungs, probes.done(), probes.try_rung, step, min_gain)
+    done = probes.done() if num_seeds else []  # without probes a rung says nothing
+    return search(rungs, done, probes.try_rung, step, min_gain)
 
 
 def _in_place(output_dir: Path, search_dir: Path, settings: Mapping) -> bool:
