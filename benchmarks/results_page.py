@@ -37,12 +37,17 @@ from diffboost.statistics import (
 )
 
 PRIMARY = "real_breast_all"
-LONGER = ("real_breast_20_longer", "real_breast_all_longer")  # longer segmentation training
+LONGER = (  # longer segmentation training
+    "real_breast_20_longer",
+    "real_breast_40_longer",
+    "real_breast_80_longer",
+    "real_breast_all_longer",
+)
 GENERATOR = "real_breast_all_generator"  # and longer finetuning
 SAMPLER = "real_breast_all_sampler"  # or, instead, variants at other noise levels
-LOOKS = {GENERATOR: 3, LONGER[1]: 4, SAMPLER: 5}  # which look at the primary comparison a study is
+LOOKS = {GENERATOR: 3, LONGER[-1]: 4, SAMPLER: 5}  # which look at the primary comparison a study is
 CURVES = {
-    "breast": ("real_breast_20", "real_breast_40", "real_breast_80", PRIMARY),
+    "breast": ("real_breast_20", PRIMARY),
     "breast_longer": LONGER,
     "hippocampus": ("real_hippocampus_5", "real_hippocampus_10", "real_hippocampus_20"),
 }
@@ -53,7 +58,7 @@ UNLABELLED = "real_breast_20_unlabelled"  # its generator saw the other images f
 MORE_TIME = {  # a study, and one whose classical arms train as long as all of its stages took
     UNLABELLED: "real_breast_20_total",
     LONGER[0]: "real_breast_20_total",
-    LONGER[1]: "real_breast_all_total",
+    LONGER[-1]: "real_breast_all_total",
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
 STUDIES = tuple(
