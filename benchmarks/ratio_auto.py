@@ -1,12 +1,18 @@
 """Regret and cost of `ratio: auto` on phantoms, against each of 1, 2, 5, 10, 20 variants a slice.
 
-    python benchmarks/ratio_auto.py WORK_DIR [--seeds 1 2 3 4 5] [--segmenters 5] [--only truth]
+    python benchmarks/ratio_auto.py WORK_DIR [--cases few] [--seeds 1 2 3 4 5] [--segmenters 5]
+                                    [--only truth]
 
-For every seed of phantoms (8 training cases of 6 slices, 8 test cases of other scanners, 64 px, the
-demo's edges) a store is prepared, a generator finetuned and 20 variants a slice are made by the
-default sampler. Then segmenters (U-Net, `--segmenters` seeds each) are trained on the first 1, 2,
-5, 10 and 20 variants and scored on the test cases: the truth. `ratio: auto` sees none of that: its
-own stage grows a store from nothing, trains its probes and chooses, with its default budget.
+Two kinds of phantoms, 64 px, the demo's edges. `few`: 8 training cases of 6 slices, two of them
+inner validation, so that no probes are trained; 8 test cases of other scanners. `many`: 40 training
+cases of 3 slices, 8 of them inner validation, so that probes choose; 100 test cases, of the same
+scanner, for inner validation can only speak for cases that are like it.
+
+For every seed of phantoms a store is prepared, a generator finetuned and 20 variants a slice are
+made by the default sampler. Then segmenters (U-Net, `--segmenters` seeds each) are trained on the
+first 1, 2, 5, 10 and 20 variants and scored on the test cases: the truth. `ratio: auto` sees none
+of that: its own stage grows a store from nothing, trains its probes and chooses, with its default
+budget.
 
 Regret: the best mean Dice over the five ratios, less that of the chosen one, in points (1 = 0.01).
 The largest of five noisy means is too high by chance. So three figures stand beside it: the
@@ -44,7 +50,10 @@ CONFIGS = stage_configs()
 RATIOS = (1, 2, 5, 10, 20)
 LARGEST = RATIOS[-1]
 SIZE = 64
-PHANTOMS = {"num_training": 8, "num_test": 8, "num_slices": 6}
+PHANTOMS = {
+    "few": {"num_training": 8, "num_test": 8, "num_slices": 6},
+    "many": {"num_training": 40, "num_test": 100, "num_slices": 3, "same_scanner": True},
+}
 GENERATOR_EPOCHS = 6
 SEGMENTER = {"epochs": 40, "alpha": 0.6, "patch_size": 16, "channels": [8, 16, 32, 64]}
 SEGMENTER_FILES = [CONFIGS["segmentation"], CONFIGS["segmentation"].with_name("network_unet.yaml")]
@@ -91,13 +100,13 @@ def _child(record: Path, job: Callable[[], dict | None]) -> None:
             write_json(record, found)
 
 
-def make_variants(folder: Path, seed: int) -> float:
+def make_variants(folder: Path, seed: int, cases: str) -> float:
     """Store, generator and the largest ratio's variants; CPU seconds of the variants."""
     store, generator = folder / "store", folder / "generator"
     once(
         folder / "prepare.json",
         lambda: bundle(CONFIGS["prepare"], store_dir=store, seed=seed, group_duplicates=False,
-                       phantoms=PHANTOMS),
+                       phantoms=PHANTOMS[cases]),
     )  # fmt: skip
     once(
         folder / "finetune.json",
@@ -174,7 +183,7 @@ def regret_by_others(truth: dict[int, np.ndarray], ratio: int) -> float:
 
 def measure(folder: Path, seed: int, options: argparse.Namespace) -> dict | None:
     """One seed of phantoms: the truth, what auto chose and at what cost; None for truth alone."""
-    variants_cpu = make_variants(folder, seed)
+    variants_cpu = make_variants(folder, seed, options.cases)
     truth = {ratio: test_points(folder, ratio, options.segmenters) for ratio in RATIOS}
     means = "  ".join(f"{ratio}: {points.mean():.2f}" for ratio, points in truth.items())
     print(f"phantoms {seed}: test Dice by ratio  {means}", flush=True)
@@ -212,20 +221,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work_dir", type=Path, help="keeps all that is made")
+    parser.add_argument("--cases", choices=PHANTOMS, default="few", help="kind of phantoms")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of phantoms")
     parser.add_argument("--segmenters", type=int, default=5, help="segmenter seeds of the truth")
     parser.add_argument("--share", type=float, default=MAX_SHARE, help="auto's budget")
     parser.add_argument("--only", choices=["truth"], help="make the truth, choose nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = [measure(options.work_dir / f"phantoms{s}", s, options) for s in options.seeds]
+    folders = {s: options.work_dir / f"{options.cases}{s}" for s in options.seeds}
+    found = [measure(folder, s, options) for s, folder in folders.items()]
     if options.only == "truth":
         return
     good = [f["regret"] <= MAX_REGRET and f["share_flops"] <= MAX_SHARE for f in found]
     always = {r: round(float(np.mean([f["regret_of_always"][r] for f in found])), 3)
               for r in (1, 5, 20)}  # fmt: skip
     result = {
-        "name": "ratio_auto",
+        "name": f"ratio_auto, {options.cases} cases",
         "ours": float(np.mean([f["regret"] for f in found])),
         "peer": float(np.mean([f["regret_of_always"][LARGEST] for f in found])),
         "ratio": float(np.mean([f["share_flops"] for f in found])),

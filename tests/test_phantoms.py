@@ -119,6 +119,21 @@ def test_volumes_hold_an_organ_in_most_slices(task):
         assert not filled[0] and not filled[-1] and filled.sum() >= 6
 
 
+def test_same_scanner_gives_test_cases_the_contrast_of_training(tmp_path):
+    sizes = {"num_training": 4, "num_test": 6, "size_px": 48, "num_slices": 4}
+    contrasts = {}
+    for same in (False, True):
+        folder = write_decathlon_task(tmp_path / str(same), **sizes, same_scanner=same)
+        for path in sorted(folder.glob("images*/*.nii.gz")):
+            values = nib.load(path).get_fdata()
+            mask = nib.load(str(path).replace("images", "labels")).get_fdata() > 0
+            contrast = values[mask].mean() / values[~mask].mean()
+            contrasts.setdefault((same, path.parent.name), []).append(contrast)
+    assert contrasts[True, "imagesTr"] == contrasts[False, "imagesTr"]
+    assert max(contrasts[True, "imagesTs"]) < 1.4  # T1, as in training
+    assert min(contrasts[False, "imagesTs"]) > 1.5
+
+
 def test_bad_counts_and_folders_are_refused(tree, tmp_path):
     with pytest.raises(ValueError, match="num_images is 0"):
         write_radimagenet_tree(tmp_path / "c", 0)

@@ -133,7 +133,7 @@ def _write_image(index: int, output_dir: Path, seed: int, image_size_px: int) ->
         write_aside(path, partial(image.save, format="PNG"))
 
 
-def _open_folder(output_dir: Path, seed: int, **counts: int) -> Path:
+def _open_folder(output_dir: Path, others: dict, **counts: int) -> Path:
     """Check counts and folder; the folder to write in, as an interrupted run left it."""
     for key, value in counts.items():
         if value < 1:
@@ -141,7 +141,7 @@ def _open_folder(output_dir: Path, seed: int, **counts: int) -> Path:
     if output_dir.exists() and any(output_dir.iterdir()):
         raise FileExistsError(f"output_dir {output_dir} is not empty; phantoms need a new folder")
     partial_dir = output_dir.with_name(output_dir.name + ".partial")
-    record, wanted = partial_dir / RECORD, json.dumps({"seed": seed, **counts})
+    record, wanted = partial_dir / RECORD, json.dumps({**others, **counts})
     if not record.is_file() or record.read_text() != wanted:
         shutil.rmtree(partial_dir, ignore_errors=True)
         write_aside(record, partial(Path.write_text, data=wanted))
@@ -171,7 +171,7 @@ def write_radimagenet_tree(
     Source: engineering choice.
     """
     output_dir, counts = Path(output_dir), {"num_images": num_images}
-    partial_dir = _open_folder(output_dir, seed, **counts, image_size_px=image_size_px)
+    partial_dir = _open_folder(output_dir, {"seed": seed}, **counts, image_size_px=image_size_px)
     write = partial(_write_image, output_dir=partial_dir, seed=seed, image_size_px=image_size_px)
     numbers = range(num_images)
     if num_workers > 0:
@@ -245,10 +245,12 @@ def write_decathlon_task(
     num_test: int = 24,
     size_px: int = 64,
     num_slices: int = 12,
+    same_scanner: bool = False,
 ) -> Path:
     """Write a 3D task in Decathlon layout with a labelled test set, and return the folder.
 
-    Training cases share a scanner; test cases come from other scanners of the same family.
+    Training cases share a scanner; test cases come from other scanners of the same family, or from
+    that of the training cases.
 
     Args:
         output_dir: new or empty folder; what an interrupted run has made for it is kept.
@@ -257,6 +259,7 @@ def write_decathlon_task(
         num_test: test cases.
         size_px: side of a slice.
         num_slices: slices of a volume.
+        same_scanner: test cases come from the scanner of the training cases.
 
     Raises:
         ValueError: if a count is below 1.
@@ -266,10 +269,12 @@ def write_decathlon_task(
     """
     counts = {"num_training": num_training, "num_test": num_test}
     output_dir = Path(output_dir)
-    partial_dir = _open_folder(output_dir, seed, **counts, size_px=size_px, num_slices=num_slices)
+    others = {"seed": seed, "same_scanner": same_scanner}
+    partial_dir = _open_folder(output_dir, others, **counts, size_px=size_px, num_slices=num_slices)
     header = {
         "name": "PhantomOrgan",
-        "description": "Phantom MR abdomen; training and test come from different scanners",
+        "description": "Phantom MR abdomen; training and test come from "
+        + ("the same scanner" if same_scanner else "different scanners"),
         "modality": {"0": "MR"},
         "labels": {"0": "background", "1": "organ"},
         "numTraining": num_training,
@@ -277,7 +282,8 @@ def write_decathlon_task(
         "training": [],
         "test": [],
     }
-    sections = (("training", "Tr", TASK_TRAINING), ("test", "Ts", TASK_TEST))
+    test_scanners = TASK_TRAINING if same_scanner else TASK_TEST
+    sections = (("training", "Tr", TASK_TRAINING), ("test", "Ts", test_scanners))
     jobs = [
         (number, *section)
         for number, section in enumerate(sections)
