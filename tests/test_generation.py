@@ -27,6 +27,7 @@ from diffboost.generation.objective import (
 )
 from diffboost.generation.sampling import VariantInferer, variant_noise
 from diffboost.generation.schedulers import load_scheduler
+from diffboost.generation.synthesis import VariantConditions
 from diffboost.generation.text import embed_prompts, mix_embeddings
 from diffboost.precision import AutocastInferer, choose_bfloat16
 
@@ -267,6 +268,19 @@ def test_empty_prompt_is_dropped_as_often_as_asked(backbone, slices, tmp_path):
     assert 0.2 < np.mean(dropped) < 0.4
     with pytest.raises(ValueError, match="empty_prompt: 1.5"):
         DrawDiffusionTargetsd(backbone, 1.5)
+
+
+def test_a_side_that_the_autoencoder_cannot_halve_is_refused_before_any_work(
+    backbone, slices, tmp_path
+):
+    message = "image_size: 30; .* needs a multiple of 4 px"
+    with pytest.raises(ValueError, match=message):
+        build_cache(slices, backbone, str(tmp_path / "cache"), image_size=30)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=message):
+        DrawDiffusionTargetsd(backbone, 0.0, image_size=30)
+    with pytest.raises(ValueError, match=message):
+        VariantConditions([], backbone, {"prompt": 1.0}, image_size=30)
 
 
 def test_variants_do_not_depend_on_their_batch(backbone):

@@ -26,7 +26,7 @@ from diffboost.generation.array_files import (
     DoneBatches,
     make_array_file,
 )
-from diffboost.generation.backbones import backbone_sha256, load_part
+from diffboost.generation.backbones import backbone_sha256, latent_shape, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
 from diffboost.knobs import nearest
@@ -107,8 +107,8 @@ def build_cache(
         (copies, 1, H, W) uint8, ``context`` and ``empty_context`` (tokens, width) float32.
 
     Raises:
-        ValueError: ``num_copies`` and ``jitter`` contradict each other, or ``latent_precision`` is
-            none of its two.
+        ValueError: ``num_copies`` and ``jitter`` contradict each other, ``latent_precision`` is
+            none of its two, or the autoencoder cannot halve the side.
         OSError: there is no room for the files, or they cannot be written.
         BlockingIOError: another run is building it.
 
@@ -121,6 +121,7 @@ def build_cache(
             f"latent_precision: {latent_precision!r} is not known; "
             f"{nearest(latent_precision, LATENT_PRECISIONS)}"
         )
+    latent = latent_shape(backbone, image_size)
     key = _cache_key(data, backbone, image_size, jitter, num_copies, seed, latent_precision)
     folder = Path(cache_dir) / key
     there = folder.is_dir()
@@ -133,6 +134,7 @@ def build_cache(
     pictures = _Pictures(
         data,
         autoencoder,
+        latent,
         image_size,
         jitter,
         num_copies,
@@ -213,12 +215,14 @@ class _Pictures:
         data, image_size, jitter, num_copies, seed, device, batch_size, latent_precision: see
             :func:`build_cache`.
         autoencoder: encodes the images.
+        latent: channels, height and width of what it encodes them to.
     """
 
     def __init__(
         self,
         data,
         autoencoder,
+        latent,
         image_size,
         jitter,
         num_copies,
@@ -229,6 +233,7 @@ class _Pictures:
     ) -> None:
         self.data = data
         self.autoencoder = autoencoder
+        self.latent = latent
         self.image_size = image_size
         self.transform = Compose([jitter] if jitter is not None else [])
         self.num_copies = num_copies
@@ -244,9 +249,8 @@ class _Pictures:
 
     def shapes(self) -> dict[str, tuple]:
         """Type and shape of a picture's moments and edge."""
-        config = self.autoencoder.autoencoder.config
-        side = self.image_size // 2 ** (len(config.block_out_channels) - 1)
-        moments = (2 * config.latent_channels, side, side)
+        channels, *sides = self.latent
+        moments = (2 * channels, *sides)
         return {
             "moments": (self.latent_precision, moments),
             "edges": ("uint8", (1, self.image_size, self.image_size)),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import l1_loss
 
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.backbones import load_config, load_part
+from diffboost.generation.backbones import latent_shape, load_config, load_part
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.knobs import nearest
 
@@ -38,6 +38,9 @@ class DrawDiffusionTargetsd(RandomizableTransform):
         image_size: side in pixels of images that are not cached.
         jitter: geometric jitter of images that are not cached, or None.
 
+    Raises:
+        ValueError: ``empty_prompt`` is not in [0, 1], or the autoencoder cannot halve the side.
+
     Source: paper Eq. 11; the posterior is drawn anew in each step.
     """
 
@@ -51,6 +54,8 @@ class DrawDiffusionTargetsd(RandomizableTransform):
         super().__init__(prob=1.0)
         if not 0 <= empty_prompt <= 1:
             raise ValueError(f"empty_prompt: {empty_prompt} is not in [0, 1]")
+        if image_size is not None:
+            latent_shape(backbone, image_size)  # refuses one that the autoencoder cannot halve
         config = load_config(backbone, "vae")
         self.scaling_factor = config["scaling_factor"]
         self.latent_channels = config["latent_channels"]

@@ -13,7 +13,7 @@ from diffboost.data.slices import read_store, slice_items
 from diffboost.data.tasks import slicing
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files
-from diffboost.generation.backbones import backbone_sha256, load_config
+from diffboost.generation.backbones import backbone_sha256, latent_shape
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.sampling import (
@@ -177,7 +177,7 @@ class VariantConditions(Transform):
         device: where the text encoder runs.
 
     Raises:
-        ValueError: ``noise_address`` is unknown.
+        ValueError: ``noise_address`` is unknown, or the autoencoder cannot halve the side.
 
     Source: released code, ``segmentation_sample.py`` (facts 16, 17, 19).
     """
@@ -199,9 +199,7 @@ class VariantConditions(Transform):
         self.noise_address = noise_address
         self.prompt_weights = dict(prompt_weights)
         self.negative_prompt = negative_prompt
-        config = load_config(backbone, "vae")
-        side = image_size // 2 ** (len(config["block_out_channels"]) - 1)
-        self.latent_shape = (config["latent_channels"], side, side)
+        self.latent_shape = latent_shape(backbone, image_size)
         self.load = LoadSliced(["edge"], image_size=image_size)
         texts = {item["prompt"] + self._suffix() for item in data}
         texts |= {item["phrase"] for item in data} | {STYLE_PROMPT, negative_prompt}
