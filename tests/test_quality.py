@@ -1,6 +1,7 @@
 """The quality filter: scores, planted defects, calibration, rejections, and training after it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,25 @@ def test_cases_that_have_defects_alone_leave_a_calibration_whole():
     assert calibrate(pd.DataFrame(rows), ("a",), max_lost=0.999).lost <= 1
     with pytest.raises(ValueError, match="calibration: 1 cases with good samples"):
         calibrate(pd.DataFrame([row for row in rows if row["case"] != "c5"]), ("a",), 0.05)
+
+
+def test_a_case_that_looks_bad_to_the_others_is_named(caplog):
+    """One of eight cases took the whole filter away, and nothing said so."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"a": rng.normal(0 if good and case else 8), "b": rng.normal(), "case": f"c{case}",
+         "kind": "" if good else "noise"}
+        for case in range(8)
+        for good in (True, False)
+        for _ in range(20)
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    judge = calibrate(frame, ("a", "b"), max_lost=0.05)
+    assert judge.lost <= 0.05 and judge.found["noise"] < 0.5
+    assert "it will reject little" in caplog.text and "good slices of c0 look as bad" in caplog.text
+    caplog.clear()
+    assert calibrate(frame[frame.case != "c0"].reset_index(drop=True), ("a", "b"), 0.05)
+    assert not caplog.text
 
 
 def test_slices_labelled_all_over_or_nowhere_are_compared_by_what_they_have():
@@ -328,6 +348,20 @@ def check_audit(output: Path, record: dict) -> None:
     assert set(families) <= set(quality_scores.FAMILIES)
     with Image.open(output / "rejected.png") as picture:
         assert picture.width > 800 and picture.height > 400
+
+
+def test_a_store_whose_variants_are_all_good_is_no_error(folder, sees_dark, tmp_path):
+    """Counting the reasons of nothing was a KeyError: 0, after all variants had been made."""
+    copy = tmp_path / "synthetic"
+    shutil.copytree(folder / "synthetic", copy)
+    manifest = pd.read_parquet(copy / "manifest.parquet")
+    own = manifest[(manifest.variant == 0) & (manifest.image.str.contains("_01_|_02_|_03_"))]
+    own.to_parquet(copy / "manifest.parquet")
+    changes = {"synthetic_dir": str(copy), "output_dir": str(tmp_path / "audit")}
+    record = audit_quality(**settings(folder, **changes))
+    assert record["kept"] == record["variants"] == len(own) > 0
+    assert set(record["rejected"].values()) == {0}
+    assert (tmp_path / "audit" / "rejected.png").is_file()
 
 
 def test_knobs_of_the_calibration_change_it(folder, sees_dark):

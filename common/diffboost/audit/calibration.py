@@ -1,5 +1,6 @@
 """What tells good slices from defective ones: a logistic regression on scores, and a threshold."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,9 +8,12 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
+logger = logging.getLogger(__name__)
+
 WEIGHT_DECAY = 5.0  # of the regression's weights, beside a loss that is summed over samples
 FARTHEST = 4.0  # standard deviations of good samples at which a score is cut
 PARTS = 5  # of the cases: each part's scores come from a regression on the others
+LEAST_FOUND = 0.5  # share of planted defects; a judge that finds fewer is of little use
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Ju
     """A judge that loses at most a share of good samples, of cases that it did not see.
 
     The threshold is the order statistic of the good samples' verdicts below which a share of about
-    ``max_lost`` lies, up to one sample; these verdicts come from regressions on other cases.
+    ``max_lost`` lies, up to one sample; these verdicts come from regressions on other cases. Where
+    few cases are there and one of them looks bad to the others, it lies so low that most defects
+    pass; a warning names the cases then.
 
     Args:
         scores: a row a sample: the scores, ``case``, and ``kind`` of the defect, empty for none.
@@ -106,6 +112,16 @@ def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Ju
     ordered = np.sort(verdicts[good])
     threshold = ordered[min(int(max_lost * (len(ordered) + 1)), len(ordered) - 1)]
     rejected = pd.Series(verdicts < threshold).groupby(scores.kind.to_numpy()).mean()
+    found = {kind: float(share) for kind, share in rejected.items() if kind}
+    if np.mean(list(found.values())) < LEAST_FOUND:
+        logger.warning(
+            "quality filter: it will reject little, for it finds %.0f %% of planted defects; good "
+            "slices of %s look as bad to what is learned of other cases, and at most %g of good "
+            "slices may be lost (max_lost)",
+            100 * np.mean(list(found.values())),
+            ", ".join(sorted(set(scores.case[good & (verdicts <= threshold)]))),
+            max_lost,
+        )
     whole = _regress(scores, names)
     return replace(
         whole,
@@ -113,7 +129,7 @@ def calibrate(scores: pd.DataFrame, names: Sequence[str], max_lost: float) -> Ju
         num_good=int(good.sum()),
         num_defects=int((~good).sum()),
         lost=float(rejected[""]),
-        found={kind: float(share) for kind, share in rejected.items() if kind},
+        found=found,
     )
 
 

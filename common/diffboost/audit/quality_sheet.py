@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diffboost.audit.quality_verdicts import family_of
 from diffboost.contact_sheet import outline
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import write_aside
@@ -61,7 +62,7 @@ def choose_examples(judged: pd.DataFrame) -> dict[str, pd.DataFrame]:
         f"kept ({len(kept)} of {len(judged)})": kept.iloc[spread],
         "kept, nearest to the threshold": kept.sort_values("quality").head(COLUMNS),
     }
-    for family, group in rejected.groupby(rejected.reason.str.partition(":")[0]):
+    for family, group in rejected.groupby(family_of(rejected.reason)):
         places = np.unique(np.linspace(0, len(group) - 1, COLUMNS).astype(int))
         rows[f"rejected, {family} ({len(group)})"] = group.sort_values("quality").iloc[places]
     return rows
