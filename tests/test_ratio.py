@@ -125,6 +125,15 @@ def test_no_probes_are_made_where_variants_are_cheaper():
     assert none["reason"].startswith("36 variants a slice were made: the budget pays for no more")
 
 
+def test_no_probes_are_made_that_could_not_end_the_search():
+    """Two rungs were probed where the budget could not pay for the third, the first to end it."""
+    price = Price(variants=10.0, probe=10.0, training=10.0)
+    assert next_step([1, 2, 5, 10, 20], 0, 0.0, price, 84.0, num_seeds=3) == (8, "budget")
+    assert next_step(RUNGS, 0, 0.0, price, 141.0, num_seeds=3) == (14, "budget")  # 9 saved by 9
+    assert next_step(RUNGS, 0, 0.0, price, 151.0, num_seeds=3) == (1, None)
+    assert next_step([1, 2], 0, 0.0, price, math.inf, num_seeds=3) == (2, "cheap")
+
+
 def test_the_budget_alone_decides_where_the_inner_validation_is_too_small():
     """Two cases whose probes differ by chance ended a search that twice as many would have won."""
     limit = 0.4 * PRICE.whole(50)
@@ -273,7 +282,7 @@ def test_budgets_rungs_and_epochs():
     assert read_budget({"pflop": 3}) == Budget(3e15, "flops")
     assert read_budget({"share": 0.4}).limit(PRICE, 20) == pytest.approx(96)
     assert rungs_up_to(50) == RUNGS and rungs_up_to(7) == [1, 2, 5, 7]
-    assert (probe_epochs(None, 40), probe_epochs(None, 3), probe_epochs(5, 40)) == (10, 1, 5)
+    assert (probe_epochs(None, 40), probe_epochs(5, 40)) == (40, 5)
     for ratio in (1, 2.0, "auto"):
         with pytest.raises(ValueError, match="max_ratio: .* a whole number from 2 up"):
             rungs_up_to(ratio)
@@ -337,14 +346,14 @@ def run(section, folder, **knobs):
 
 
 def choose(folder, name, **knobs):
-    """A search of two rungs, and the largest ratio, into `folder/name`; its ratio.json."""
+    """A search of up to three rungs, and the largest ratio, into `folder/name`; its ratio.json."""
     settings = {
         "generator_dir": "generator",
         "output_dir": name,
         "synthesis_knobs": SAMPLING,
         "segmenter_configs": [str(CONFIGS["segmentation"])],
         "segmenter_knobs": {"epochs": 2, "channels": [4, 8]},
-        "max_ratio": 4,
+        "max_ratio": 7,
         "budget": {"tflop": 1000},
         "seeds": [0, 1],
         "min_cases": 1,
@@ -355,14 +364,14 @@ def choose(folder, name, **knobs):
 
 def test_a_search_makes_the_store_of_its_ratio_and_goes_on_after_a_stop(ready, monkeypatch):
     whole = choose(ready, "chosen")
-    assert (whole["ratio"], whole["why"]) == (4, "cheap")
-    assert whole["settings"]["epochs"] == 1 and len(whole["rungs"]) == 2
+    assert (whole["ratio"], whole["why"], whole["enough"]) == (5, "noise", 1)
+    assert whole["settings"]["epochs"] == 2 and len(whole["rungs"]) == 3
     inner = slice_items(ready / "store", 0, "inner_validation")
     names = {f"{item['case']}:{item['slice']}" for item in inner}
     assert set(whole["rungs"][0]["scores"]["0"]) <= names
     assert not (ready / "chosen.search").exists()
 
-    run("synthesis", ready, generator_dir="generator", output_dir="fixed", ratio=4, **SAMPLING)
+    run("synthesis", ready, generator_dir="generator", output_dir="fixed", ratio=5, **SAMPLING)
     own = {"ratio.json", "ratio_seconds.json"}
     made, fixed = (
         {
@@ -388,9 +397,9 @@ def test_a_search_makes_the_store_of_its_ratio_and_goes_on_after_a_stop(ready, m
     noted = json.loads((ready / "again.search" / TRIED).read_text())["rungs"]
     assert [list(rung["scores"]) for rung in noted] == [["0"]]
     assert choose(ready, "again")["rungs"] == whole["rungs"]
-    assert len(calls) == 5  # four probes, one of them stopped
+    assert len(calls) == 7  # six probes, one of them stopped
     few = choose(ready, "few", min_cases=8)
-    assert (few["ratio"], few["why"], few["rungs"]) == (4, "few_cases", [])
+    assert (few["ratio"], few["why"], few["rungs"]) == (7, "few_cases", [])
     refused = {
         "again": ({"min_gain": 1.0}, "holds another search (min_gain differ)"),
         "fixed": ({}, "is not empty and holds no ratio.json"),

@@ -23,7 +23,7 @@ class Price:
 
     Args:
         variants: one more variant of every training slice.
-        probe: one short training of a segmenter, scored.
+        probe: one training of a segmenter to tell a rung's worth, scored.
         training: one whole training of it.
 
     Source: engineering choice

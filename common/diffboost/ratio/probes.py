@@ -98,7 +98,7 @@ class Probes:
         write_json(self.folder / TRIED, {"rungs": self.rungs, "last": self.last, "why": self.why})
 
     def _probe(self, ratio: int, seed: int) -> dict[str, float]:
-        """Dice in [0, 1] of each unit, of a segmenter that was trained for a short while."""
+        """Dice in [0, 1] of each unit, of a segmenter that was trained for the probe's epochs."""
         folder = self.folder / "probes" / f"ratio{ratio}.seed{seed}"
         self.segmenter(
             output_dir=folder,

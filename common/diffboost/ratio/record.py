@@ -103,12 +103,12 @@ def reason(content: Mapping) -> str:
     """
     ended = {
         "noise": f"the last {PATIENCE} steps to more variants gained nothing beyond noise",
-        "budget": "the budget pays for no more; too little was left to test more",
-        "cheap": "the budget pays for these, and short trainings that tell whether fewer are "
-        "enough would have cost more than the variants that they could save",
+        "budget": "the budget pays for no more; trainings that tell whether fewer are enough would "
+        "have left too little",
+        "cheap": "the budget pays for these, and trainings that tell whether fewer are enough "
+        "would have cost as much as the variants that they could save",
         "few_cases": "as many as budget and max_ratio allow, for the inner validation has fewer "
-        f"than {content['settings']['min_cases']} cases, too few to tell a gain from chance by "
-        "short trainings",
+        f"than {content['settings']['min_cases']} cases, too few to tell a gain from chance",
         "max_ratio": "these are the most that were asked for",
     }[content["why"]]
     sentence = f"{content['ratio']} variants a slice were made: {ended}"

@@ -13,11 +13,10 @@ from diffboost.statistics import crossed_interval
 PATIENCE = 2
 # Below so many cases the slices of the inner validation are scored, not its cases.
 MIN_CASES = 8
-PROBE_SHARE = 4  # a probe has a quarter of the epochs of a whole training
 
 
 def probe_epochs(ordered: int | None, whole: int) -> int:
-    """Epochs of a probe: those ordered, or a share of a whole training's.
+    """Epochs of a probe: those ordered, or a whole training's, for variants pay late in it.
 
     Raises:
         ValueError: more than a whole training has, or below 1.
@@ -25,7 +24,7 @@ def probe_epochs(ordered: int | None, whole: int) -> int:
     Source: engineering choice
     """
     if ordered is None:
-        return math.ceil(whole / PROBE_SHARE)
+        return whole
     if type(ordered) is not int or not 1 <= ordered <= whole:
         raise ValueError(f"epochs: {ordered!r}; allowed: 1 to {whole}, those of the segmenter")
     return ordered
@@ -37,8 +36,8 @@ def next_step(
     """The ratio to go to, and why the search ends there; None: it is a rung, with probes.
 
     Probes are bought where they may pay: a rung that ends the search saves the variants up to the
-    largest ratio that the budget lasts for. Where its probes cost more than those, or more than is
-    left, the rest of the budget goes into variants.
+    largest ratio that the budget lasts for. The first that can end it comes ``PATIENCE`` after the
+    smallest. Where the probes up to there cost as much as is saved, the rest goes into variants.
 
     Args:
         rungs: of ``rungs_up_to``.
@@ -49,23 +48,23 @@ def next_step(
         num_seeds: probes a rung; 0: the inner validation has too few cases for any.
 
     Returns:
-        The ratio (at least 1) and ``max_ratio``, ``few_cases`` (no probes could tell), ``budget``
-        (too little is left for probes) or ``cheap`` (variants cost less than probes).
+        The ratio (at least 1) and ``max_ratio``, ``few_cases`` (no probes could tell), ``cheap``
+        (all variants cost less than probes) or ``budget`` (those that it pays for do).
 
     Source: engineering choice
     """
     if last == rungs[-1]:
         return last, "max_ratio"
-    ratio = next(rung for rung in rungs if rung > last)
+    number = next(n for n, rung in enumerate(rungs) if rung > last)
     paid = min(max(0.0, limit - spent) / price.variants, rungs[-1])  # the limit may be infinite
     most = max(1, min(last + int(paid), rungs[-1]))
     if num_seeds == 0:
         return most, "few_cases"
-    if spent + price.rung(last, ratio, num_seeds) > limit:
-        return most, "budget"
-    if price.probe * num_seeds >= price.variants * (most - ratio):
-        return most, "cheap"
-    return ratio, None
+    end = min(max(number, PATIENCE), len(rungs) - 1)  # the first rung that can end the search
+    probes = price.probe * num_seeds * (end + 1 - number)
+    if probes >= price.variants * (most - rungs[end]):
+        return most, "cheap" if most == rungs[-1] else "budget"
+    return rungs[number], None
 
 
 def reach(

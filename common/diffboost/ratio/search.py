@@ -58,7 +58,7 @@ def choose_ratio(
         max_ratio: largest ratio to try.
         budget: see ``read_budget``.
         seeds: of the probes, different whole numbers.
-        epochs: of a probe; None: a quarter of the segmenter's.
+        epochs: of a probe; None: those of the segmenter, for variants pay late in a training.
         min_gain: Dice points (1 = 0.01) that a rung must add, see ``judge``.
         min_cases: of the inner validation; with fewer no probes are made, for they could not tell a
             gain from chance, and the budget goes into variants.
