@@ -1,3 +1,3 @@
 """DiffBoost: text- and edge-guided diffusion variants that make better segmentation models."""
 
-__version__ = "0.10.0"
+__version__ = "0.11.0"
