@@ -134,7 +134,7 @@ def _write_image(index: int, output_dir: Path, seed: int, image_size_px: int) ->
 
 
 def _open_folder(output_dir: Path, others: dict, **counts: int) -> Path:
-    """Check counts and folder; the folder to write in, as an interrupted run left it."""
+    """Check counts and folder; the folder to write in, as an interrupted run with these left it."""
     for key, value in counts.items():
         if value < 1:
             raise ValueError(f"{key} is {value}; it must be at least 1")
@@ -249,8 +249,7 @@ def write_decathlon_task(
 ) -> Path:
     """Write a 3D task in Decathlon layout with a labelled test set, and return the folder.
 
-    Training cases share a scanner; test cases come from other scanners of the same family, or from
-    that of the training cases.
+    Training cases share a scanner; test cases come from other scanners of the same family.
 
     Args:
         output_dir: new or empty folder; what an interrupted run has made for it is kept.
@@ -259,7 +258,7 @@ def write_decathlon_task(
         num_test: test cases.
         size_px: side of a slice.
         num_slices: slices of a volume.
-        same_scanner: test cases come from the scanner of the training cases.
+        same_scanner: test cases come from the scanner of the training cases, too.
 
     Raises:
         ValueError: if a count is below 1.

@@ -33,10 +33,6 @@ class Price:
     probe: float
     training: float
 
-    def rung(self, last_ratio: int, ratio: int, num_seeds: int) -> float:
-        """Growing a store from one ratio to the next, with a probe a seed."""
-        return self.variants * (ratio - last_ratio) + self.probe * num_seeds
-
     def whole(self, ratio: int) -> float:
         """All variants of a ratio, and one training on them."""
         return self.variants * ratio + self.training
