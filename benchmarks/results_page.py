@@ -55,6 +55,7 @@ MORE_CASES = ("real_hippocampus_10", "real_hippocampus_20")
 DEVELOPMENT = "real_breast_dev"
 JOINED = "real_breast_joined"  # what helped there, together
 UNLABELLED = "real_breast_20_unlabelled"  # its generator saw the other images first
+UNFILTERED = "real_breast_40_unfiltered"  # all variants kept
 MORE_TIME = {  # a study, and one whose classical arms train as long as all of its stages took
     UNLABELLED: "real_breast_20_total",
     LONGER[0]: "real_breast_20_total",
@@ -62,7 +63,9 @@ MORE_TIME = {  # a study, and one whose classical arms train as long as all of i
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
 STUDIES = tuple(
-    dict.fromkeys((*sum(CURVES.values(), ()), GENERATOR, SAMPLER, UNLABELLED, *MORE_TIME.values()))
+    dict.fromkeys(
+        (*sum(CURVES.values(), ()), GENERATOR, SAMPLER, UNFILTERED, UNLABELLED, *MORE_TIME.values())
+    )
 )
 ORDERED = (*STUDIES, DEVELOPMENT, JOINED)
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
@@ -208,7 +211,7 @@ def write_page(output_dir: Path) -> None:
         if (present := [name for name in names if name in studies])
         for name in present
     }
-    for study in (GENERATOR, SAMPLER, UNLABELLED):
+    for study in (GENERATOR, SAMPLER, UNFILTERED, UNLABELLED):
         if study in studies:
             references[study] = best_classical(data_dir, PRIMARY)
     tables = {name: table(studies[name], references[name]) for name in references}
