@@ -56,13 +56,14 @@ def draw_cases(metrics: pd.DataFrame, arm: str, reference: str, path: Path) -> N
         axis = figure.subplots()
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=0.8)
         axis.plot(pair.x, pair.y, ".", color=color, markersize=5, alpha=0.5)
+        # The words stand in the corners that a gain leaves empty, and their lines leave at an end.
+        places = {"greatest loss": (0.85, 0.07), "median gain": (1, 0), "greatest gain": (0, 1)}
         for what, case in named.items():
-            x, y = pair.loc[case]
-            side = -1 if y >= x or x > 0.8 else 1  # words stand where there is room
             axis.annotate(
-                f"{what}: {case}", (x, y), xytext=(14 * side, -16 * side),
-                textcoords="offset points", ha="right" if side < 0 else "left", fontsize=7,
-                arrowprops={"arrowstyle": "-", "linewidth": 0.6},
+                f"{what}: {case}", pair.loc[case], xytext=places[what], fontsize=7,
+                ha="left" if what == "greatest gain" else "right",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": "0.4",
+                            "relpos": (0.5 if what == "greatest loss" else 1, 0.5)},
             )  # fmt: skip
         axis.set_xlabel(f"Dice with {reference}")
         axis.set_ylabel(f"Dice with {arm}")
