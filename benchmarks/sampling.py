@@ -25,9 +25,9 @@ from diffusers import StableDiffusionControlNetPipeline
 from diffboost.conditions.edges import load_edge_detector
 from diffboost.conditions.prompts import STOCK_NEGATIVE_PROMPT
 from diffboost.cost.configs import parse, value
-from diffboost.cost.units import latent_shape
 from diffboost.data.phantoms import phantom_image
 from diffboost.generation.backbones import has_part, load_part
+from diffboost.generation.latents import latent_shape
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.sampling import VariantInferer, load_scheduler, variant_noise
 from diffboost.generation.text import embed_prompts

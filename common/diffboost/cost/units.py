@@ -16,6 +16,7 @@ from diffboost.cost.counting import Count, count, inference, num_bytes, optimize
 from diffboost.generation.backbones import load_config, load_part
 from diffboost.generation.constant_conditions import constant_conditions
 from diffboost.generation.decoding import load_decoder
+from diffboost.generation.latents import latent_shape
 from diffboost.generation.networks import ControlledUNet, GrayscaleAutoencoder
 from diffboost.generation.sampling import step_kinds
 from diffboost.generation.schedulers import build_scheduler
@@ -55,13 +56,6 @@ def _weights(modules: Iterable[nn.Module]) -> int:
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def latent_shape(backbone: str, image_size: int) -> tuple[int, int, int]:
-    """(C, h, w) of an image's latent."""
-    config = load_config(backbone, "vae")
-    side = image_size // 2 ** (len(config["block_out_channels"]) - 1)
-    return config["latent_channels"], side, side
 
 
 def context_shape(backbone: str) -> tuple[int, int]:

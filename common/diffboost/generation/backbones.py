@@ -138,28 +138,6 @@ def load_config(backbone: str, part: str) -> dict:
     return defaults | given
 
 
-def latent_shape(backbone: str, image_size: int) -> tuple[int, int, int]:
-    """Channels, height and width of the latent of a square image.
-
-    Args:
-        backbone: see :func:`resolve_backbone`.
-        image_size: side of the image, px.
-
-    Raises:
-        ValueError: the autoencoder cannot halve such a side as often as it must.
-
-    Source: engineering choice.
-    """
-    config = load_config(backbone, "vae")
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
-    if image_size < factor or image_size % factor:
-        raise ValueError(
-            f"image_size: {image_size}; the autoencoder of backbone {backbone!r} needs a multiple "
-            f"of {factor} px"
-        )
-    return config["latent_channels"], image_size // factor, image_size // factor
-
-
 def new_branch(backbone: str, unet: nn.Module) -> ControlNetModel | MonaiControlNet:
     """A branch that starts from the UNet's encoder, with zero convolutions.
 

@@ -26,7 +26,8 @@ from diffboost.generation.array_files import (
     DoneBatches,
     make_array_file,
 )
-from diffboost.generation.backbones import backbone_sha256, latent_shape, load_part
+from diffboost.generation.backbones import backbone_sha256, load_part
+from diffboost.generation.latents import latent_shape
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.generation.text import embed_prompts
 from diffboost.knobs import nearest

@@ -19,6 +19,7 @@ from diffboost.generation.backbones import (
     part_sha256,
 )
 from diffboost.generation.config_limits import refuse_absurd
+from diffboost.generation.latents import downsampling
 from diffboost.generation.lineage import read_lineage
 from diffboost.generation.networks import GrayscaleAutoencoder
 
@@ -145,7 +146,7 @@ def _refuse_misfit(config: dict, decoder: str, backbone: str) -> None:
     own = load_config(backbone, "vae")
     channels, blocks = config.get("latent_channels", 4), config.get("num_decoder_blocks", [0] * 4)
     factor = config.get("upsampling_scaling_factor", 2) ** (len(blocks) - 1)
-    expected = own["latent_channels"], 2 ** (len(own["block_out_channels"]) - 1)
+    expected = own["latent_channels"], downsampling(backbone)
     if (channels, factor) != expected:
         raise ValueError(
             f"decoder: {decoder!r} enlarges latents of {channels} channels {factor} times, those "

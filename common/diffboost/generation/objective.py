@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.functional import l1_loss
 
 from diffboost.data.transforms import LoadSliced
-from diffboost.generation.backbones import latent_shape, load_config, load_part
+from diffboost.generation.backbones import load_config, load_part
+from diffboost.generation.latents import downsampling, latent_shape
 from diffboost.generation.networks import GrayscaleAutoencoder
 from diffboost.knobs import nearest
 
@@ -59,7 +60,7 @@ class DrawDiffusionTargetsd(RandomizableTransform):
         config = load_config(backbone, "vae")
         self.scaling_factor = config["scaling_factor"]
         self.latent_channels = config["latent_channels"]
-        self.downsampling = 2 ** (len(config["block_out_channels"]) - 1)
+        self.downsampling = downsampling(backbone)
         self.num_timesteps = load_config(backbone, "scheduler")["num_train_timesteps"]
         self.empty_prompt = empty_prompt
         self.load = LoadSliced(["image", "edge"], image_size=image_size)

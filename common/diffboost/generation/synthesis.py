@@ -13,7 +13,8 @@ from diffboost.data.slices import read_store, slice_items
 from diffboost.data.tasks import slicing
 from diffboost.data.transforms import LoadSliced
 from diffboost.files import sha256_of_files
-from diffboost.generation.backbones import backbone_sha256, latent_shape
+from diffboost.generation.backbones import backbone_sha256
+from diffboost.generation.latents import latent_shape
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.generation.networks import ControlledUNet
 from diffboost.generation.sampling import (

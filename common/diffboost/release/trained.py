@@ -9,6 +9,7 @@ from diffboost.data.documents import read_config, read_json
 from diffboost.data.slices import SliceStore, read_store
 from diffboost.data.tasks import AXCODES, VOLUMES, length_unit, read_task, task_names
 from diffboost.generation.backbones import load_config, resolve_backbone
+from diffboost.generation.latents import latent_shape
 from diffboost.generation.lineage import read_lineage_document
 from diffboost.release.blocks import set_blocks, set_section
 from diffboost.release.contents import copy_model
@@ -209,14 +210,13 @@ def _change_metadata(
         fields["label_classes"] = ", ".join(f"{number} {name}" for number, name in names.items())
         fields["pred_classes"] = f"class index: {fields['label_classes']}"
     else:
-        vae = load_config(record["backbone"], "vae")
-        latent = side // 2 ** (len(vae["block_out_channels"]) - 1)
-        _resize(formats, [latent, latent])
+        channels, *sides = latent_shape(record["backbone"], side)
+        _resize(formats, sides)
         formats["inputs"]["edge"]["spatial_shape"] = [side, side]
         width = load_config(record["backbone"], "unet")["cross_attention_dim"]
         formats["inputs"]["context"]["spatial_shape"] = [width]
         for tensor in (formats["inputs"]["image"], formats["outputs"]["pred"]):
-            tensor["num_channels"] = vae["latent_channels"]
+            tensor["num_channels"] = channels
     metadata |= fields
     path.write_text(json.dumps(metadata, indent=4) + "\n", encoding="utf-8")
     return [*fields, "network_data_format"]
