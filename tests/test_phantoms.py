@@ -9,12 +9,8 @@ import pytest
 from PIL import Image
 
 from diffboost.data.anatomy import Canvas, posed_grid
-from diffboost.data.phantoms import (
-    CATEGORIES,
-    phantom_image,
-    write_decathlon_task,
-    write_radimagenet_tree,
-)
+from diffboost.data.phantom_volumes import write_decathlon_task
+from diffboost.data.phantoms import CATEGORIES, phantom_image, write_radimagenet_tree
 from diffboost.data.scanners import MR_FAMILY, mr_signals, us
 
 

@@ -24,7 +24,7 @@ from diffboost import prepare as prepare_module
 from diffboost import store_folders, store_writer
 from diffboost.audit.table1 import MethodBatches, image_paths
 from diffboost.conditions.edges import load_edge_detector
-from diffboost.data import phantoms
+from diffboost.data import phantom_volumes, phantoms
 from diffboost.files import sha256_of_files
 from diffboost.generation import cache
 from diffboost.generation.cache import Jitterd, build_cache
@@ -204,8 +204,8 @@ def test_a_corrected_command_is_not_stopped_by_what_is_left(tmp_path, monkeypatc
 def test_phantoms_go_on_too(tmp_path, monkeypatch):
     knobs = {"edges": "gradient", "phantoms": PHANTOMS}
     first = prepare("phantoms", tmp_path / "whole", "phantom_organ", 32, **knobs)
-    stop = Stop(phantoms.phantom_case, 2)
-    monkeypatch.setattr(phantoms, "phantom_case", stop)
+    stop = Stop(phantom_volumes.phantom_case, 2)
+    monkeypatch.setattr(phantom_volumes, "phantom_case", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare("phantoms", tmp_path / "resumed", "phantom_organ", 32, **knobs)
     stop.times = 99

@@ -11,7 +11,8 @@ from diffboost.conditions.edges import EdgeDetector, detection_size, load_edge_d
 from diffboost.data.addresses import address_seed
 from diffboost.data.documents import read_json
 from diffboost.data.downloads import decathlon_folder, decathlon_places
-from diffboost.data.phantoms import write_decathlon_task, write_radimagenet_tree
+from diffboost.data.phantom_volumes import write_decathlon_task
+from diffboost.data.phantoms import write_radimagenet_tree
 from diffboost.data.pseudonyms import hide_names, home_of, pseudonym, read_key
 from diffboost.data.slices import read_store
 from diffboost.data.sources import Case, read_source

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from diffboost.data.phantoms import write_decathlon_task
+from diffboost.data.phantom_volumes import write_decathlon_task
 
 
 def main(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pandas as pd
 from diffboost.data.dicom_geometry import series_affine
 from diffboost.data.dicom_series import is_dicom, read_headers
 from diffboost.data.images import picture_size
-from diffboost.data.phantoms import write_decathlon_task
+from diffboost.data.phantom_volumes import write_decathlon_task
 from diffboost.data.slices import read_store
 from diffboost.data.sources import IMAGE_SUFFIXES, Case, read_source
 from diffboost.data.splits import assign_folds
