@@ -182,8 +182,9 @@ class StudyCost:
         varied, trained = (self._slices(fold, "training", p) for p in (synthesis, parser))
         checked = self._slices(fold, "inner_validation", parser, min_foreground_px=False)
         counts = (len(varied), len(trained), len(checked), checked["case"].nunique())
-        ratio, flops, unit = search_bound(synthesis, parser, search, arm, *counts)
-        return ratio, [replace(plain_stage("probes", 0, unit, "at most", fold), flops=flops)]
+        ratio, images, flops, unit = search_bound(synthesis, parser, search, arm, *counts)
+        row = replace(plain_stage("probes", images, unit, "at most", fold), flops=flops)
+        return ratio, [row] if images else []
 
     def _synthesis(self, setting: plans.Setting, fold: int, ratio: int | None = None) -> Stage:
         study = self.experiment

@@ -86,7 +86,7 @@ def search_bound(
     num_trained: int,
     num_checked: int,
     num_checked_cases: int,
-) -> tuple[int, float, Unit]:
+) -> tuple[int, int, float, Unit]:
     """The most that a search for the ratio can come to, if no rung ends it.
 
     A budget in hours is no bound in FLOPs: then it is ``max_ratio``.
@@ -98,7 +98,8 @@ def search_bound(
         num_checked_cases: those of the inner validation; with few no probes are made.
 
     Returns:
-        The ratio, the FLOPs of all probes on the way there, and what a slice of a probe costs.
+        The ratio, the slices that all probes on the way there pass in training (0: there are no
+        probes), their FLOPs, and what a slice of a probe costs.
 
     Source: engineering choice
     """
@@ -111,4 +112,5 @@ def search_bound(
     num_seeds = 0 if few else len(value(search, "seeds"))
     limit = budget.limit(price, rungs[-1]) if budget.counts == "flops" else math.inf
     ratio, probed = reach(rungs, price, limit, num_seeds)
-    return ratio, price.probe * num_seeds * len(probed), unit
+    num_probes = num_seeds * len(probed)
+    return ratio, num_probes * epochs * num_trained, num_probes * price.probe, unit
