@@ -6,10 +6,10 @@ With --runs, every study real_* of RUNS_DIR gives its metrics (`data/STUDY.csv.g
 the seconds of its stages (`data/STUDY.costs.csv`), the CPU seconds of a training of each arm
 (`data/training_seconds.csv`) and its best Dice on inner validation (`data/inner_validation.csv`),
 which chooses the classical arm that all are compared with, one for breast and one for hippocampus,
-from the study with most labelled cases. The page is then written from what lies
-in data/ alone, so that it can be made again without the runs, and from results_reading.md beside
-this file, which says what the figures mean and is written by hand. A study, trial or table that is
-not there is said to be not run. Rules: docs/results/protocol.md.
+from the study with most labelled cases (the study of all arms chooses its own). The page is then
+written from what lies in data/ alone, so that it can be made again without the runs, and from
+results_reading.md beside this file, which says what the figures mean and is written by hand. A
+study, trial or table that is not there is said to be not run. Rules: docs/results/protocol.md.
 """
 
 import argparse
@@ -56,17 +56,15 @@ DEVELOPMENT = "real_breast_dev"
 JOINED = "real_breast_joined"  # what helped there, together
 UNLABELLED = "real_breast_20_unlabelled"  # its generator saw the other images first
 UNFILTERED = "real_breast_40_unfiltered"  # all variants kept
+ALL_ARMS = "real_hippocampus_10_arms"  # every single transform; chooses its best classical arm
 MORE_TIME = {  # a study, and one whose classical arms train as long as all of its stages took
     UNLABELLED: "real_breast_20_total",
     LONGER[0]: "real_breast_20_total",
     LONGER[-1]: "real_breast_all_total",
     "real_hippocampus_10": "real_hippocampus_10_total",
 }
-STUDIES = tuple(
-    dict.fromkeys(
-        (*sum(CURVES.values(), ()), GENERATOR, SAMPLER, UNFILTERED, UNLABELLED, *MORE_TIME.values())
-    )
-)
+VARIED = (GENERATOR, SAMPLER, UNFILTERED, UNLABELLED)  # compared with the primary study's best arm
+STUDIES = tuple(dict.fromkeys((*sum(CURVES.values(), ()), ALL_ARMS, *VARIED, *MORE_TIME.values())))
 ORDERED = (*STUDIES, DEVELOPMENT, JOINED)
 MISSED = 0.1  # a mean Dice below it: what is looked for was not found
 
@@ -211,9 +209,12 @@ def write_page(output_dir: Path) -> None:
         if (present := [name for name in names if name in studies])
         for name in present
     }
-    for study in (GENERATOR, SAMPLER, UNFILTERED, UNLABELLED):
-        if study in studies:
-            references[study] = best_classical(data_dir, PRIMARY)
+    choosers = dict.fromkeys(VARIED, PRIMARY) | {ALL_ARMS: ALL_ARMS}
+    references |= {
+        study: best_classical(data_dir, chooser)
+        for study, chooser in choosers.items()
+        if study in studies
+    }
     tables = {name: table(studies[name], references[name]) for name in references}
     looks = {
         study: repeated_look(studies[study], references[study], number)
